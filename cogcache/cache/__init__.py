@@ -1,0 +1,11 @@
+"""The shards: what they are, and how they are written, read and put in order.
+
+``shards/README.md`` in the repository is the normative specification of the format.
+
+- :mod:`cogcache.cache.format` -- records, fingerprints, names; no I/O
+- :mod:`cogcache.cache.files` -- durable files: atomic replace, fsync, locks, journal lines
+- :mod:`cogcache.cache.tar` -- the webdataset backend: entries as members of tar files
+- :mod:`cogcache.cache.writer` -- the commit protocol
+- :mod:`cogcache.cache.reader` -- indexed, checked reads
+- :mod:`cogcache.cache.plan` -- the order of an epoch, a pure function
+"""

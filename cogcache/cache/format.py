@@ -1,0 +1,227 @@
+"""What a cache holds: its records, fingerprints and file names. Pure data, no I/O.
+
+A cache is a folder::
+
+    cache.json                       identity: what may be in here (written first)
+    latents/latents-00000.tar        shards of one series; members are safetensors and JSON
+    latents/latents-00000.index.jsonl  byte offsets and checksums; its presence commits the shard
+    text/text-00000.tar ...
+    samples.jsonl                    table: which clip uses which latent and which text entry
+    failures.jsonl                   table: clips that could not be encoded, with reasons
+    journal.jsonl                    what happened, append-only
+    manifest.json                    commit mark of the whole (written last)
+
+Series hold *entries*, each under a key derived from everything that determines its bytes. Samples only
+point at keys, so an edited caption changes one text entry and one row, never a latent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from cogcache.variants import Variant
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "Backend",
+    "Entry",
+    "EntryRecord",
+    "FailureRecord",
+    "Identity",
+    "Manifest",
+    "MemberRecord",
+    "ModelRecord",
+    "SampleRecord",
+    "SeriesRecord",
+    "ShardRecord",
+    "TableRecord",
+    "canonical_json",
+    "differences",
+    "digest",
+    "entry_key",
+    "shard_name",
+]
+
+FORMAT = "cogcache"
+VERSION = 1
+
+IDENTITY_FILE = "cache.json"
+MANIFEST_FILE = "manifest.json"
+SAMPLES_FILE = "samples.jsonl"
+FAILURES_FILE = "failures.jsonl"
+JOURNAL_FILE = "journal.jsonl"
+
+LATENTS = "latents"
+TEXT = "text"
+IMAGES = "images"
+
+Backend = Literal["webdataset"]
+Fingerprint = dict[str, Any]
+"""Everything that determines the bytes of a series, as flat readable fields."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cached result.
+
+    ``latents``: ``{"moments": [2C, F, H, W]}``, unscaled posterior mean and log-variance.
+    ``text``: ``{"prompt_embeds": [L, D]}``. ``images``: ``{"latents": [C, 1, H, W]}``, unscaled.
+    ``facts`` is a JSON object (source, frame times, caption...).
+    """
+
+    key: str
+    tensors: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Record(BaseModel):
+    """Base of all records on disk: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelRecord(Record):
+    """The base model a cache was made for: hub id or folder as given, and its facts."""
+
+    id: str
+    variant: Variant
+
+
+class Identity(Record):
+    """``cache.json``: what may be in this folder. Checked field by field before anything is added."""
+
+    format: Literal["cogcache"] = FORMAT
+    version: Literal[1] = VERSION
+    backend: Backend = "webdataset"
+    model: ModelRecord
+    series: dict[str, Fingerprint]
+
+
+class MemberRecord(Record):
+    """One member of an entry: ``offset`` and ``size`` in bytes of its data within the shard file."""
+
+    name: str
+    offset: int
+    size: int
+    crc32: int
+
+
+class EntryRecord(Record):
+    """One line of a shard's index."""
+
+    key: str
+    members: tuple[MemberRecord, ...]
+
+
+class ShardRecord(Record):
+    """One committed shard, ``name`` without suffix. Hashes are hex sha256 of whole files."""
+
+    name: str
+    entries: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+
+class SeriesRecord(Record):
+    """All shards of a series and the fingerprint they share."""
+
+    fingerprint: Fingerprint
+    shards: tuple[ShardRecord, ...]
+
+
+class SampleRecord(Record):
+    """One row of ``samples.jsonl``: a clip, its caption, and the entries that hold them.
+
+    ``source`` is relative to the data root, with ``/``; ``window`` names the part of the video.
+    ``latents`` and ``text`` are keys, ``images`` the keys of the image-condition bank in draw order.
+    """
+
+    id: str
+    source: str
+    window: str
+    caption: str
+    frames: int
+    height: int
+    width: int
+    fps: float
+    latents: str
+    text: str
+    images: tuple[str, ...] = ()
+
+
+class FailureRecord(Record):
+    """One row of ``failures.jsonl``."""
+
+    id: str
+    source: str
+    window: str
+    reason: str
+
+
+class TableRecord(Record):
+    """A table beside the manifest: its rows and the hex sha256 of the file."""
+
+    rows: int
+    sha256: str
+
+
+class Manifest(Record):
+    """``manifest.json``: the commit mark of a whole cache, written last.
+
+    ``unconditional`` is the text key of the empty caption. ``checksum`` is :func:`digest` of all
+    other fields.
+    """
+
+    format: Literal["cogcache"] = FORMAT
+    version: Literal[1] = VERSION
+    backend: Backend = "webdataset"
+    model: ModelRecord
+    series: dict[str, SeriesRecord]
+    tables: dict[str, TableRecord]
+    unconditional: str
+    checksum: str = ""
+
+    def fingerprint(self) -> str:
+        """What a LoRA file records of the data it was trained on: the checksum of all fields."""
+        return digest(self.model_dump(mode="json", exclude={"checksum"}))
+
+    def sealed(self) -> Manifest:
+        """A copy whose ``checksum`` is right."""
+        return self.model_copy(update={"checksum": self.fingerprint()})
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces, so that equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """Hex sha256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def entry_key(fingerprint: Fingerprint, **content: Any) -> str:
+    """The key of an entry: 32 hex digits that change when anything that determines its bytes does."""
+    return digest({"fingerprint": fingerprint, "content": content})[:32]
+
+
+def shard_name(series: str, number: int) -> str:
+    """``latents-00007`` for series ``latents`` and number 7."""
+    return f"{series}-{number:05d}"
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two flat records differ, as name -> (was, is)."""
+    names = sorted(was.keys() | now.keys())
+    return {n: (was.get(n), now.get(n)) for n in names if was.get(n) != now.get(n)}

@@ -1,0 +1,227 @@
+"""What a checkpoint *is*, read from its own config files.
+
+Nothing in this project compares a model's name. Every difference between CogVideoX-2B, 5B, 5B-I2V, 1.5-5B and
+1.5-5B-I2V is a value here, taken from ``transformer/config.json``, ``vae/config.json`` and
+``scheduler/scheduler_config.json`` of a checkpoint in diffusers layout. Only JSON and safetensors
+headers are read: no weights, no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from cogcache.errors import ModelError
+from cogcache.geometry import Size, check_frames, check_size, latent_frames
+
+__all__ = ["Variant", "Positions", "Task", "read_config", "read_variant", "weights_dtype"]
+
+Positions = Literal["sincos", "rope", "rope+learned"]
+Task = Literal["t2v", "i2v"]
+
+
+class Variant(BaseModel):
+    """Facts of one checkpoint. Frozen; saved in the manifest and in the LoRA file.
+
+    Sizes of the default video are in pixels and frames; ``*_factor`` are the VAE's compression factors.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # transformer
+    in_channels: int
+    latent_channels: int
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    patch_size: int
+    patch_size_t: int | None
+    positions: Positions
+    ofs: bool
+    sample_frames: int
+    sample_height: int
+    sample_width: int
+    text_length: int
+    text_dim: int
+    # VAE
+    spatial_factor: int
+    temporal_factor: int
+    scaling_factor: float
+    invert_scale_latents: bool
+    # scheduler
+    snr_shift_scale: float
+    num_train_timesteps: int
+
+    @property
+    def task(self) -> Task:
+        """``i2v`` where the transformer takes an image latent beside the noisy one."""
+        return "i2v" if self.in_channels == 2 * self.latent_channels else "t2v"
+
+    @property
+    def native_fps(self) -> int:
+        """Frames per second the family was trained at: 8 for 1.0, 16 for 1.5 (CogVideoX model cards)."""
+        return 8 if self.patch_size_t is None else 16
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels must be multiples of this."""
+        return self.spatial_factor * self.patch_size
+
+    @property
+    def default_size(self) -> Size:
+        """The picture size the transformer was built for, in pixels."""
+        return Size(self.sample_height * self.spatial_factor, self.sample_width * self.spatial_factor)
+
+    @property
+    def fixed_grid(self) -> bool:
+        """Whether learned positions tie the model to its default size and frame count."""
+        return self.positions == "rope+learned"
+
+    def check_clip(self, frames: int, size: Size) -> None:
+        """Refuse a frame count or size that this checkpoint cannot take.
+
+        Raises:
+            GeometryError: naming the nearest right ones, or the only one allowed.
+        """
+        from cogcache.errors import GeometryError
+
+        check_frames(frames)
+        check_size(size, self.size_multiple)
+        if self.fixed_grid and size != self.default_size:
+            raise GeometryError(
+                f"this model has learned positions of one size, so {size} cannot be used.",
+                f"The only size allowed is {self.default_size}.",
+            )
+        if self.fixed_grid and frames > self.sample_frames:
+            raise GeometryError(
+                f"this model has learned positions for {self.sample_frames} frames, so {frames} cannot be used.",
+                f"Take {self.sample_frames} frames or fewer.",
+            )
+
+    def latent_shape(self, frames: int, size: Size) -> tuple[int, int, int, int]:
+        """Shape [C, F, H, W] of the latent of a clip."""
+        return (
+            self.latent_channels,
+            latent_frames(frames, self.temporal_factor),
+            size.height // self.spatial_factor,
+            size.width // self.spatial_factor,
+        )
+
+
+def read_config(root: Path, name: str) -> dict[str, Any]:
+    """Read one JSON config, ``name`` relative to the checkpoint folder ``root``.
+
+    Raises:
+        ModelError: if it is missing or not a JSON object.
+    """
+    path = root / name
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{root} has no {name}.", "A CogVideoX checkpoint in diffusers layout is needed."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is not a JSON object.")
+    return config
+
+
+def read_variant(root: Path) -> Variant:
+    """Read the facts of the checkpoint in the local folder ``root``.
+
+    Raises:
+        ModelError: if a config is missing, damaged, or not of a CogVideoX model.
+    """
+    transformer = read_config(root, "transformer/config.json")
+    vae = read_config(root, "vae/config.json")
+    scheduler = read_config(root, "scheduler/scheduler_config.json")
+    _check_classes(root, transformer, vae, scheduler)
+    try:
+        return Variant(
+            **_transformer_facts(transformer), **_vae_facts(vae), **_scheduler_facts(scheduler)
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{root} has an incomplete CogVideoX config: {error}") from None
+
+
+def _check_classes(root: Path, *configs: dict[str, Any]) -> None:
+    wanted = ("CogVideoXTransformer3DModel", "AutoencoderKLCogVideoX", "CogVideoX")
+    for config, prefix in zip(configs, wanted, strict=True):
+        found = str(config.get("_class_name", ""))
+        if not found.startswith(prefix):
+            raise ModelError(f"{root} is not a CogVideoX checkpoint: {prefix}... expected, {found!r} found.")
+    prediction = configs[-1].get("prediction_type")
+    if prediction != "v_prediction":
+        raise ModelError(f"{root} has prediction_type {prediction!r}; CogVideoX models predict v.")
+
+
+def _transformer_facts(config: dict[str, Any]) -> dict[str, Any]:
+    rope = bool(config.get("use_rotary_positional_embeddings", False))
+    learned = bool(config.get("use_learned_positional_embeddings", False))
+    return {
+        "in_channels": config["in_channels"],
+        "latent_channels": config.get("out_channels") or config["in_channels"],
+        "num_layers": config["num_layers"],
+        "num_attention_heads": config["num_attention_heads"],
+        "attention_head_dim": config["attention_head_dim"],
+        "patch_size": config["patch_size"],
+        "patch_size_t": config.get("patch_size_t"),
+        "positions": ("rope+learned" if learned else "rope") if rope else "sincos",
+        "ofs": bool(config.get("ofs_embed_dim")),
+        "sample_frames": config["sample_frames"],
+        "sample_height": config["sample_height"],
+        "sample_width": config["sample_width"],
+        "text_length": config["max_text_seq_length"],
+        "text_dim": config["text_embed_dim"],
+    }
+
+
+def _vae_facts(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "spatial_factor": 2 ** (len(config["block_out_channels"]) - 1),
+        "temporal_factor": int(config.get("temporal_compression_ratio", 4)),
+        "scaling_factor": config["scaling_factor"],
+        "invert_scale_latents": bool(config.get("invert_scale_latents", False)),
+    }
+
+
+def _scheduler_facts(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "snr_shift_scale": float(config.get("snr_shift_scale", 3.0)),
+        "num_train_timesteps": int(config.get("num_train_timesteps", 1000)),
+    }
+
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+def weights_dtype(folder: Path) -> str:
+    """The floating dtype that a component's safetensors files store: ``"bfloat16"`` and so on.
+
+    Reads only the header of the first file.
+
+    Raises:
+        ModelError: if there is no readable safetensors file, or it holds no floating tensor.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"{folder} has no .safetensors weights.", "Pickled weights (.bin, .pt) are never loaded."
+        )
+    try:
+        with files[0].open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if size > files[0].stat().st_size:
+                raise ValueError("header longer than the file")
+            header = json.loads(stream.read(size))
+        found = {_DTYPES.get(v["dtype"]) for k, v in header.items() if k != "__metadata__"} - {None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{files[0]} is not a safetensors file: {error}") from None
+    if not found:
+        raise ModelError(f"{files[0]} holds no floating tensors.")
+    return min(found, key=lambda name: ("bfloat16", "float16", "float32", "float64").index(name or ""))  # type: ignore[return-value]
