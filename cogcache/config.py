@@ -18,9 +18,9 @@ __all__ = ["EncodeConfig", "InferConfig", "TrainConfig", "setting"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def setting(default: Any, description: str, *, panel: str = "", flag: str = "", **limits: Any) -> Any:
-    """A pydantic field that also knows its ``--help`` panel and a short flag."""
-    extra = {"panel": panel, "flag": flag}
+def setting(default: Any, description: str, *, panel: str = "", **limits: Any) -> Any:
+    """A pydantic field that also knows its ``--help`` panel."""
+    extra = {"panel": panel}
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
@@ -108,18 +108,19 @@ class EncodeConfig(CommandConfig):
     workers: int = setting(2, "Threads that decode video ahead of the encoder.", panel=_RUN, ge=1)
     shard_size: float = setting(256.0, "Size at which a shard is full, in MB.", panel=_CACHE, gt=0)
 
-    @field_validator("fps")
+    @field_validator("fps", mode="before")
     @classmethod
-    def _fps_is_known(cls, value: str) -> str:
-        if value in ("native", "source"):
-            return value
+    def _fps_is_known(cls, value: object) -> str:
+        text = str(value)
+        if text in ("native", "source"):
+            return text
         try:
-            number = float(value)
+            number = float(text)
         except ValueError:
             number = 0.0
         if not 0 < number <= 1000:
             raise ValueError("give a positive number, 'native' or 'source'")
-        return value
+        return text
 
 
 class TrainConfig(CommandConfig):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from cogcache.errors import ModelError
+from cogcache.errors import GeometryError, ModelError
 from cogcache.geometry import Size, check_frames, check_size, latent_frames
 
 __all__ = ["Variant", "Positions", "Task", "read_config", "read_variant", "weights_dtype"]
@@ -71,9 +71,20 @@ class Variant(BaseModel):
         return self.spatial_factor * self.patch_size
 
     @property
-    def default_size(self) -> Size:
-        """The picture size the transformer was built for, in pixels."""
+    def sample_size(self) -> Size:
+        """The transformer's own sample size, in pixels."""
         return Size(self.sample_height * self.spatial_factor, self.sample_width * self.spatial_factor)
+
+    @property
+    def default_size(self) -> Size:
+        """The picture size to use unless another is asked for, in pixels.
+
+        The sample size of 1.5 models is only the extent of their position table (2400x2400 for 1.5-5B), so there
+        the size of the model card, 768x1360, is taken where it fits.
+        """
+        card = Size(768, 1360)
+        fits = card.height <= self.sample_size.height and card.width <= self.sample_size.width
+        return card if self.patch_size_t is not None and fits else self.sample_size
 
     @property
     def fixed_grid(self) -> bool:
@@ -86,19 +97,27 @@ class Variant(BaseModel):
         Raises:
             GeometryError: naming the nearest right ones, or the only one allowed.
         """
-        from cogcache.errors import GeometryError
-
         check_frames(frames)
         check_size(size, self.size_multiple)
-        if self.fixed_grid and size != self.default_size:
+        if self.fixed_grid:
+            self._check_fixed_grid(frames, size)
+        largest = self.sample_size
+        if self.patch_size_t is not None and (size.height > largest.height or size.width > largest.width):
+            raise GeometryError(
+                f"{size} is larger than this model's position table.", f"The largest size is {largest}."
+            )
+
+    def _check_fixed_grid(self, frames: int, size: Size) -> None:
+        if size != self.sample_size:
             raise GeometryError(
                 f"this model has learned positions of one size, so {size} cannot be used.",
-                f"The only size allowed is {self.default_size}.",
+                f"The only size allowed is {self.sample_size}.",
             )
-        if self.fixed_grid and frames > self.sample_frames:
+        if frames != self.sample_frames:
+            # diffusers would silently swap the learned positions for computed ones.
             raise GeometryError(
-                f"this model has learned positions for {self.sample_frames} frames, so {frames} cannot be used.",
-                f"Take {self.sample_frames} frames or fewer.",
+                f"this model has learned positions for one frame count, so {frames} frames cannot be used.",
+                f"The only count allowed is {self.sample_frames}.",
             )
 
     def latent_shape(self, frames: int, size: Size) -> tuple[int, int, int, int]:

@@ -144,6 +144,7 @@ class SampleRecord(Record):
     """One row of ``samples.jsonl``: a clip, its caption, and the entries that hold them.
 
     ``source`` is relative to the data root, with ``/``; ``window`` names the part of the video.
+    ``fps`` is the rate at which frames were picked, ``None`` where every frame of the source was kept.
     ``latents`` and ``text`` are keys, ``images`` the keys of the image-condition bank in draw order.
     """
 
@@ -154,7 +155,7 @@ class SampleRecord(Record):
     frames: int
     height: int
     width: int
-    fps: float
+    fps: float | None
     latents: str
     text: str
     images: tuple[str, ...] = ()

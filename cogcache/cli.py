@@ -1,0 +1,159 @@
+"""The command line: the only place that knows all stages.
+
+Exit codes: 0 done; 2 bad input, nothing lost; 3 done, but some clips failed; 4 the loss became
+non-finite; 130 or 143 stopped by Ctrl-C or SIGTERM, go on with the same command.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cogcache.config import EncodeConfig, InferConfig, TrainConfig
+from cogcache.errors import CogcacheError
+from cogcache.flags import config_command
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="cogcache",
+    help="LoRA fine-tuning of CogVideoX with an offline cache: encode once, train lean, infer stock.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Family = Literal["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from cogcache import __version__
+
+        typer.echo(f"cogcache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    _ = version
+
+
+def _encode(config: EncodeConfig) -> None:
+    from cogcache.precompute import encode
+
+    encode(config)
+
+
+def _train(config: TrainConfig) -> None:
+    from cogcache.train import train
+
+    train(config)
+
+
+def _infer(config: InferConfig) -> None:
+    from cogcache.infer import infer
+
+    infer(config)
+
+
+app.command("encode")(
+    config_command(
+        EncodeConfig,
+        _encode,
+        """Encode clips and captions once, into shards.
+
+        Runs the frozen VAE over the clips and T5 over the captions. Stop it at any moment: run
+        the same command again and only what is missing is done. Clips that cannot be read are listed with their
+        reasons at the end (exit code 3) and are tried again by the next run.
+
+        Example:  cogcache encode --data-root ./clips --model THUDM/CogVideoX-5b --frames 49 --size 480x720
+        """,
+    )
+)
+app.command("train")(
+    config_command(
+        TrainConfig,
+        _train,
+        """Train a LoRA on shards. Loads the transformer only: no VAE, no T5, no video.
+
+        Example:  cogcache train --shards shards/clips --rank 128 --alpha 64 --steps 500
+        Go on after a stop:  add --resume latest
+        """,
+    )
+)
+app.command("infer")(
+    config_command(
+        InferConfig,
+        _infer,
+        """Generate video with the stock diffusers pipeline and a trained LoRA.
+
+        Example:  cogcache infer --lora runs/clips/pytorch_lora_weights.safetensors --prompt "A rabbit stretches"
+        """,
+    )
+)
+
+
+@app.command("tiny-model")
+def _tiny_model(
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not hold anything yet.")],
+    family: Annotated[Family, typer.Option(help="Whose facts it has.")] = "5b",
+    seed: Annotated[int, typer.Option(help="Decides the random weights.", min=0)] = 0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the stored weights.")
+    ] = "float32",
+) -> None:
+    """Write a complete tiny CogVideoX with random weights, a few MB, for trying things out."""
+    from cogcache.tiny import build_tiny_model
+
+    build_tiny_model(out, family, seed=seed, dtype=dtype)
+    typer.echo(f"Wrote a tiny {family} model with random weights to {out}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit the process with its code."""
+    sys.exit(run(args))
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run the command line; turn every error of the project into one clear message and an exit code."""
+    try:
+        result = app(args=args, standalone_mode=False)
+    except CogcacheError as error:
+        _report(error)
+        return error.exit_code
+    except typer.Abort:
+        return 130
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return _outside(error)
+    return result if isinstance(result, int) else 0
+
+
+def _report(error: CogcacheError) -> None:
+    if os.environ.get("COGCACHE_TRACEBACK"):
+        import traceback
+
+        traceback.print_exception(error)
+    label = "Incomplete" if error.exit_code == 3 else "Error"
+    typer.secho(f"{label}: {error.message}", err=True, fg="red")
+    if error.hint:
+        typer.secho(error.hint, err=True)
+
+
+def _outside(error: Exception) -> int:
+    """Errors of the argument parser are shown its way; anything else is a bug and keeps its traceback."""
+    show = getattr(error, "show", None)
+    if show is None:
+        raise error
+    show()
+    return int(getattr(error, "exit_code", 2))

@@ -1,0 +1,104 @@
+"""Finding a checkpoint: a local folder, or a hub id of which only the needed parts are downloaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cogcache.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Component", "pick_device", "resolve_model", "torch_dtype"]
+
+Component = Literal["vae", "text_encoder", "tokenizer", "transformer", "scheduler"]
+
+# Always brought along: the facts of a checkpoint are read from all of its configs, which are tiny.
+_CONFIGS = ("model_index.json", "*/*.json")
+_WEIGHTS: dict[str, tuple[str, ...]] = {
+    "vae": ("vae/*.safetensors",),
+    "text_encoder": ("text_encoder/*.safetensors",),
+    "tokenizer": ("tokenizer/*",),
+    "transformer": ("transformer/*.safetensors",),
+    "scheduler": (),
+}
+
+
+def resolve_model(model: str, components: Sequence[Component]) -> Path:
+    """The local folder of a checkpoint in diffusers layout.
+
+    An existing folder is taken as it is. Anything else of the form ``name/name`` is a hub id: its configs and
+    the weights of ``components`` alone are downloaded to the hub cache (once). No code in a checkpoint is ever run.
+
+    Raises:
+        ModelError: if there is no such folder, or the download fails.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _checked(path, components)
+    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
+    if looks_local:
+        raise ModelError(
+            f"there is no model folder {model!r}.",
+            "Give a folder in diffusers layout or a hub id such as THUDM/CogVideoX-5b.",
+        )
+    return _checked(_download(model, components), components)
+
+
+def _checked(root: Path, components: Sequence[Component]) -> Path:
+    missing = [name for name in components if not (root / name).is_dir()]
+    if missing:
+        raise ModelError(
+            f"{root} has no folder {', '.join(missing)}.", "A CogVideoX checkpoint in diffusers layout is needed."
+        )
+    return root
+
+
+def _download(model: str, components: Sequence[Component]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_CONFIGS, *(pattern for name in components for pattern in _WEIGHTS[name])]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{model!r} is no local folder and could not be fetched from the hub: {reason}",
+            "Check the spelling and the network, or give a local folder.",
+        ) from None
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """``torch.bfloat16`` for ``"bfloat16"`` and so on; only floating dtypes."""
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    try:
+        return dtypes[name]
+    except KeyError:
+        raise ConfigError(f"{name!r} is not a usable precision.", f"Choose one of {', '.join(dtypes)}.") from None
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for a ``--device`` value; ``auto`` is this process's CUDA device, else the CPU.
+
+    Launchers give each process its own device by setting ``LOCAL_RANK``.
+
+    Raises:
+        ConfigError: if it is not known or not there.
+    """
+    import torch
+
+    if name == "auto":
+        local_rank = os.environ.get("LOCAL_RANK", "0")
+        return torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"{name!r} is not a device.", "Give auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"there is no device {name!r} here.", f"{torch.cuda.device_count()} CUDA devices are.")
+    return device

@@ -1,0 +1,116 @@
+"""From a command's settings and a checkpoint's facts to one decided set of values for the whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cogcache.cache.format import IDENTITY_FILE, LATENTS, TEXT, Fingerprint, Identity, ModelRecord
+from cogcache.config import EncodeConfig
+from cogcache.geometry import Size, parse_size
+from cogcache.models import Component, pick_device, resolve_model
+from cogcache.precompute.text import text_fingerprint
+from cogcache.precompute.vae import choose_tiling, vae_fingerprint
+from cogcache.variants import Variant, read_variant, weights_dtype
+
+__all__ = ["EncodeSettings", "decide"]
+
+_COMPONENTS: tuple[Component, ...] = ("vae", "text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """Everything decided. ``fps`` is ``None`` where every source frame is kept."""
+
+    config: EncodeConfig
+    model_root: Path
+    shards: Path
+    variant: Variant
+    device: torch.device
+    frames: int
+    size: Size
+    fps: float | None
+    vae_dtype: str
+    text_dtype: str
+    tiled: bool
+
+    def identity(self) -> Identity:
+        """What the cache folder is bound to."""
+        return Identity(
+            model=ModelRecord(id=self._model_id(), variant=self.variant),
+            series={LATENTS: self.latents_fingerprint(), TEXT: self.text_fingerprint()},
+        )
+
+    def _model_id(self) -> str:
+        # A local folder is remembered in full, so that training finds it from any working directory.
+        local = Path(self.config.model).expanduser()
+        return str(local.resolve()) if local.is_dir() else self.config.model
+
+    def latents_fingerprint(self) -> Fingerprint:
+        """Everything that determines the bytes of a latent, beside the file itself."""
+        config = self.config
+        return {
+            **vae_fingerprint(self.model_root, self.vae_dtype, tiled=self.tiled),
+            "frames": self.frames,
+            "size": str(self.size),
+            "fps": "source" if self.fps is None else self.fps,
+            "window": config.window if config.windows == 1 else f"{config.windows} windows",
+            "short": config.short,
+            "fit": config.fit,
+            "interpolation": config.interpolation,
+            "reader": config.reader,
+        }
+
+    def text_fingerprint(self) -> Fingerprint:
+        """Everything that determines the bytes of an embedding, beside the caption itself."""
+        return text_fingerprint(self.model_root, self.text_dtype, self.variant.text_length)
+
+
+def decide(config: EncodeConfig) -> EncodeSettings:
+    """Fill in what the settings leave to the model, and check it against the model.
+
+    Raises:
+        ModelError, GeometryError, ConfigError: if something does not fit.
+    """
+    root = resolve_model(config.model, _COMPONENTS)
+    variant = read_variant(root)
+    frames = config.frames or variant.sample_frames
+    size = parse_size(config.size) if config.size else variant.default_size
+    variant.check_clip(frames, size)
+    shards = config.shards or Path("shards") / config.data_root.resolve().name
+    device = pick_device(config.device)
+    vae_dtype = weights_dtype(root / "vae") if config.vae_dtype == "auto" else config.vae_dtype
+    text_dtype = weights_dtype(root / "text_encoder") if config.text_dtype == "auto" else config.text_dtype
+    return EncodeSettings(
+        config=config,
+        model_root=root,
+        shards=shards,
+        variant=variant,
+        device=device,
+        frames=frames,
+        size=size,
+        fps=_fps(config.fps, variant),
+        vae_dtype=vae_dtype,
+        text_dtype=text_dtype,
+        tiled=_tiled(config, shards, size, vae_dtype, device),
+    )
+
+
+def _fps(wanted: str, variant: Variant) -> float | None:
+    if wanted == "source":
+        return None
+    return float(variant.native_fps) if wanted == "native" else float(wanted)
+
+
+def _tiled(config: EncodeConfig, shards: Path, size: Size, dtype: str, device: torch.device) -> bool:
+    """A cache begun with one choice keeps it: what ``auto`` finds depends on the memory free today."""
+    identity = shards / IDENTITY_FILE
+    if config.tiling == "auto" and identity.is_file():
+        try:
+            found = Identity.model_validate_json(identity.read_text("utf-8"))
+        except (OSError, ValueError):
+            return choose_tiling(config.tiling, size, dtype, device)  # opening the cache reports the damage
+        return found.series.get(LATENTS, {}).get("vae_tiling", "off") != "off"
+    return choose_tiling(config.tiling, size, dtype, device)

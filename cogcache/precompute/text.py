@@ -1,0 +1,73 @@
+"""The frozen T5 encoder: captions in, embeddings out, exactly as the diffusers pipelines make them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, T5EncoderModel
+
+from cogcache.cache.format import Fingerprint
+from cogcache.errors import ModelError
+from cogcache.hashing import file_sha256, weights_sha256
+from cogcache.models import torch_dtype
+
+__all__ = ["FrozenText", "text_fingerprint"]
+
+
+def text_fingerprint(root: Path, dtype: str, length: int) -> Fingerprint:
+    """What determines the bytes of an embedding: weights, tokenizer, precision, token length."""
+    return {
+        "text_weights": weights_sha256(root / "text_encoder"),
+        "text_tokenizer": _tokenizer_sha256(root / "tokenizer"),
+        "text_dtype": dtype,
+        "text_length": length,
+    }
+
+
+def _tokenizer_sha256(folder: Path) -> str:
+    total = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+        total.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+    return total.hexdigest()
+
+
+class FrozenText:
+    """Tokenizer and ``T5EncoderModel`` of a checkpoint.
+
+    Padded to ``length`` tokens and run **without** an attention mask, because that is what the
+    pipelines do: padding positions carry content and are kept.
+    """
+
+    def __init__(self, root: Path, dtype: str, length: int, device: torch.device) -> None:
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                root / "tokenizer", local_files_only=True, trust_remote_code=False
+            )
+            model = T5EncoderModel.from_pretrained(
+                root / "text_encoder", dtype=torch_dtype(dtype), use_safetensors=True, local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"the text encoder in {root} cannot be loaded: {error}") from None
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._length = length
+        self._device = device
+
+    @torch.inference_mode()
+    def encode(self, captions: Sequence[str]) -> torch.Tensor:
+        """Embed captions: returns ``[B, length, D]`` on the CPU in the encoder's dtype."""
+        tokens = self._tokenizer(
+            list(captions),
+            padding="max_length",
+            max_length=self._length,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        )
+        return self._model(tokens.input_ids.to(self._device))[0].cpu()
+
+    def too_long(self, captions: Sequence[str]) -> list[str]:
+        """Captions that do not fit the token length and are cut, as the pipelines cut them."""
+        return [c for c in captions if len(self._tokenizer(c).input_ids) > self._length]

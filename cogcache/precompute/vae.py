@@ -1,0 +1,137 @@
+"""The frozen VAE: fitted frames in, unscaled posterior moments out."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+
+from cogcache.cache.format import Fingerprint, digest
+from cogcache.errors import GeometryError, ModelError
+from cogcache.geometry import Size
+from cogcache.hashing import weights_sha256
+from cogcache.models import torch_dtype
+from cogcache.variants import read_config, weights_dtype
+
+__all__ = ["FrozenVae", "choose_tiling", "vae_fingerprint"]
+
+# Peak of untiled bf16 encoding: 8.1 GiB at 480x720 whatever the frame count, since the encoder works through
+# 8 frames at a time. Measured on an H200 with diffusers 0.42.
+_BYTES_PER_PIXEL_UNTILED = 8.1 * 2**30 / (480 * 720)
+
+
+def choose_tiling(wanted: str, size: Size, dtype: str, device: torch.device) -> bool:
+    """Decide ``--tiling``: ``auto`` tiles only where a whole picture would not fit the free GPU memory."""
+    if wanted != "auto":
+        return wanted == "on"
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    need = _BYTES_PER_PIXEL_UNTILED * size.height * size.width * torch_dtype(dtype).itemsize / 2
+    return need > free
+
+
+def vae_fingerprint(root: Path, dtype: str, *, tiled: bool) -> Fingerprint:
+    """What of the VAE determines the bytes of a latent: weights, config, precision, tiling."""
+    folder = root / "vae"
+    config = {k: v for k, v in read_config(root, "vae/config.json").items() if not k.startswith("_")}
+    return {
+        "vae_weights": weights_sha256(folder),
+        "vae_config": digest(config),
+        "vae_dtype": dtype,
+        "vae_tiling": _tiling_text(config) if tiled else "off",
+        "vae_frame_batch": 8,
+    }
+
+
+def _tiling_text(config: dict[str, Any]) -> str:
+    # AutoencoderKLCogVideoX tiles at half its own sample size, overlapping by 1/6 and 1/5.
+    return f"{config.get('sample_height', 480) // 2}x{config.get('sample_width', 720) // 2} overlap 1/6 1/5"
+
+
+class FrozenVae:
+    """``AutoencoderKLCogVideoX`` for encoding alone: no gradient, decoder dropped.
+
+    Args:
+        root: Local checkpoint folder.
+        dtype: ``float32``, ``bfloat16`` or ``float16``: precision of the weights and of the moments.
+        tiled: Encode in overlapping tiles.
+        device: Where to run.
+    """
+
+    def __init__(self, root: Path, dtype: str, *, tiled: bool, device: torch.device) -> None:
+        try:
+            vae = AutoencoderKLCogVideoX.from_pretrained(
+                root / "vae", torch_dtype=torch_dtype(dtype), use_safetensors=True, local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"the VAE in {root} cannot be loaded: {error}") from None
+        vae.decoder = None
+        vae.requires_grad_(False)
+        vae.enable_slicing()
+        if tiled:
+            vae.enable_tiling()
+        self._vae = vae.eval().to(device)
+        self.dtype = torch_dtype(dtype)
+        self.device = device
+
+    def check_size(self, size: Size) -> None:
+        """Refuse picture sizes for which diffusers' tiles do not add up to the whole latent.
+
+        Raises:
+            GeometryError: if tiling is on and would give a latent of a wrong shape.
+        """
+        vae = self._vae
+        if not vae.use_tiling or not self._is_tiled(size):
+            return
+        for length, tile, overlap in (
+            (size.height, vae.tile_sample_min_height, vae.tile_overlap_factor_height),
+            (size.width, vae.tile_sample_min_width, vae.tile_overlap_factor_width),
+        ):
+            if _tiled_extent(length, tile, overlap) != length // 8:
+                raise GeometryError(
+                    f"{size} cannot be encoded in tiles of {tile} pixels: they do not add up.", "Use --tiling off."
+                )
+
+    def _is_tiled(self, size: Size) -> bool:
+        vae = self._vae
+        return bool(size.height > vae.tile_sample_min_height or size.width > vae.tile_sample_min_width)
+
+    @torch.inference_mode()
+    def encode(self, frames_bfhwc: torch.Tensor) -> torch.Tensor:
+        """Encode clips.
+
+        Args:
+            frames_bfhwc: uint8 ``[B, F, H, W, 3]``, F = 8N+1, on any device.
+
+        Returns:
+            Moments ``[B, 2C, F', H/8, W/8]`` on the CPU in the VAE's dtype: mean, then log-variance, unscaled.
+        """
+        return self.encode_pixels(to_pixels(frames_bfhwc.to(self.device, non_blocking=True)))
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels_bcfhw: torch.Tensor) -> torch.Tensor:
+        """Encode pixels ``[B, 3, F, H, W]`` in -1..1 (float32) to moments as :meth:`encode` returns them."""
+        inputs = pixels_bcfhw.to(self.device, self.dtype)
+        return self._vae.encode(inputs).latent_dist.parameters.cpu()
+
+
+def to_pixels(frames_bfhwc: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[B, F, H, W, 3]`` to float32 ``[B, 3, F, H, W]`` in -1..1, as diffusers' VideoProcessor scales."""
+    return frames_bfhwc.permute(0, 4, 1, 2, 3).to(torch.float32).div(255.0).mul(2.0).sub(1.0)
+
+
+def _tiled_extent(length: int, tile: int, overlap: float) -> int:
+    """Latent rows (or columns) that ``AutoencoderKLCogVideoX.tiled_encode`` returns for ``length`` pixels."""
+    latent_tile = tile // 8
+    limit = latent_tile - int(latent_tile * overlap)
+    step = int(tile * (1 - overlap))
+    return sum(min(limit, min(tile, length - start) // 8) for start in range(0, length, step))
+
+
+def image_sha256(frame_hwc: torch.Tensor) -> str:
+    """Hex sha256 of one uint8 picture's pixels."""
+    return hashlib.sha256(frame_hwc.contiguous().numpy().tobytes()).hexdigest()
