@@ -24,7 +24,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], 
 
 @pytest.fixture(scope="session")
 def mixed_videos() -> Path:
-    """The folder of deliberately difficult videos beside the repository; tests that need it skip without it."""
+    """The folder of difficult videos beside the repository; tests that need it skip without it."""
     folder = Path(__file__).parents[2] / "shared" / "videos" / "mixed"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")

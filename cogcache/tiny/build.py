@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcache.errors import StorageError
+from cogcache.quiet import quiet_libraries
 from cogcache.tiny.families import Family, FamilyFacts, facts_of
 from cogcache.tiny.tokenizer import write_tokenizer
 from cogcache.tiny.weights import randomise, tune_vae
@@ -65,8 +66,9 @@ def _write(folder: Path, facts: FamilyFacts, family: Family, seed: int, dtype: t
         scheduler=diffusers.CogVideoXDDIMScheduler(**facts.scheduler()),
         **modules,
     )
-    for name, module in modules.items():
-        module.save_pretrained(folder / name)
+    with quiet_libraries():
+        for name, module in modules.items():
+            module.save_pretrained(folder / name)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
     pipeline.save_config(folder)  # model_index.json
 

@@ -1,7 +1,7 @@
 """A small but real T5 tokenizer: a SentencePiece unigram model trained on made-up captions.
 
-It is saved as real checkpoints have it, ``spiece.model`` and ``tokenizer_config.json``, and is meant to be loaded from its
-folder: handing ``vocab_file=`` to ``T5Tokenizer`` makes a tokenizer without a vocabulary in transformers 5.
+It is saved as real checkpoints have it, ``spiece.model`` and ``tokenizer_config.json``, and is meant to be loaded
+from its folder: ``T5Tokenizer(vocab_file=...)`` makes a tokenizer without a vocabulary in transformers 5.
 """
 
 from __future__ import annotations
@@ -14,13 +14,31 @@ from pathlib import Path
 
 __all__ = ["write_tokenizer"]
 
-_SUBJECTS = ("A grey rabbit", "A small brown squirrel", "A young woman in a red coat", "An old man", "A yellow bird",
-             "The white sailing boat", "Two children", "A city street at night")  # fmt: skip
-_ACTIONS = ("slowly turns its head toward the camera", "walks through tall green grass", "looks up and smiles",
-            "stands in front of a huge tree", "moves from left to right", "jumps over a stream")  # fmt: skip
-_PLACES = ("in a bright forest clearing under a pale blue sky.", "beside the calm blue sea with soft waves.",
-           "while the camera glides downward, in a colourful 3D animated style.", "as the sun is setting, close-up.",
-           "with mountains and pink clouds in the distance, cinematic lighting.")  # fmt: skip
+_SUBJECTS = (
+    "A grey rabbit",
+    "A small brown squirrel",
+    "A young woman in a red coat",
+    "An old man",
+    "A yellow bird",
+    "The white sailing boat",
+    "Two children",
+    "A city street at night",
+)
+_ACTIONS = (
+    "slowly turns its head toward the camera",
+    "walks through tall green grass",
+    "looks up and smiles",
+    "stands in front of a huge tree",
+    "moves from left to right",
+    "jumps over a stream",
+)
+_PLACES = (
+    "in a bright forest clearing under a pale blue sky.",
+    "beside the calm blue sea with soft waves.",
+    "while the camera glides downward, in a colourful 3D animated style.",
+    "as the sun is setting, close-up.",
+    "with mountains and pink clouds in the distance, cinematic lighting.",
+)
 
 
 def write_tokenizer(folder: Path, text_length: int) -> None:

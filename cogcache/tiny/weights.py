@@ -5,7 +5,7 @@ Gains are fixed numbers, not measured at run time, so that a seed gives the same
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -16,8 +16,8 @@ __all__ = ["randomise", "tune_vae"]
 def randomise(module: torch.nn.Module, *key: object) -> None:
     """Fill every parameter with draws that depend on ``key`` and its name alone.
 
-    Matrices and kernels: N(0, 1/fan_in). Norm weights: near 1. Biases: near 0. No layer is left at zero, so that
-    gradients reach all of them.
+    Matrices and kernels: N(0, 1/fan_in). Norm weights: near 1. Biases: near 0. No layer is left at zero, so
+    that gradients reach all of them.
     """
     import torch
 
@@ -40,10 +40,10 @@ _PIXEL_GAIN = 0.5
 _LOG_VARIANCE = -6.0
 
 
-def tune_vae(vae: torch.nn.Module) -> None:
+def tune_vae(vae: Any) -> None:
     """Scale the last layers of a randomised ``AutoencoderKLCogVideoX``.
 
-    The posterior gets a mean that says something about the picture and a small variance, as trained ones have.
+    The posterior gets a mean that depends on the picture and a small variance, as trained ones have.
     """
     import torch
 
