@@ -118,6 +118,18 @@ def _tiny_model(
     typer.echo(f"Wrote a tiny {family} model with random weights to {out}")
 
 
+@app.command("demo")
+def _demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("runs/demo"),
+    family: Annotated[Family, typer.Option(help="Which family's facts the tiny model has.")] = "5b",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 60,
+) -> None:
+    """Take eight real clips through encode, train and infer on a tiny model, and draw what came out."""
+    from cogcache.demo import run_demo
+
+    run_demo(output, family, steps)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit the process with its code."""
     sys.exit(run(args))
