@@ -151,6 +151,10 @@ class TrainConfig(CommandConfig):
         0.0, "Probability that a sample's caption is the empty one, drawn anew each epoch "
         "(CogVideoX was pretrained with 0.1).", panel=_OPTIM, ge=0, le=1,
     )
+    image_dropout: float = setting(
+        0.05, "Image-to-video only: probability that a sample's first-frame condition is zero, drawn anew each epoch.",
+        panel=_OPTIM, ge=0, le=1,
+    )
     rank: int = setting(128, "LoRA rank.", panel=_LORA, ge=1)
     alpha: float = setting(64.0, "LoRA alpha; the trained strength is alpha / rank.", panel=_LORA, gt=0)
     lora_dropout: float = setting(0.0, "Dropout before lora_A.", panel=_LORA, ge=0, lt=1)
@@ -164,7 +168,7 @@ class TrainConfig(CommandConfig):
         "auto", "Precision of the frozen base; auto is that of its weights. The LoRA is always float32.", panel=_DEVICE
     )
     device: str = setting("auto", "auto, cpu or cuda. Under 'accelerate launch' each process takes its own.", panel=_DEVICE)
-    workers: int = setting(1, "Processes that read and prepare batches; 0 reads in the training process.", panel=_DEVICE, ge=0)
+    workers: int = setting(1, "Threads that read and prepare batches ahead; 0 reads when needed. Results do not depend on it.", panel=_DEVICE, ge=0)
     checkpoint_every: int = setting(100, "Optimizer steps between checkpoints; 0 is none.", panel=_CKPT, ge=0)
     keep_checkpoints: int = setting(3, "Checkpoints kept; the oldest are deleted. 0 keeps all.", panel=_CKPT, ge=0)
     resume: str | None = setting(

@@ -15,7 +15,8 @@
     ├── StorageError              the disk is full or cannot be written
     ├── LoraError                 a LoRA file that does not fit, or is not one
     ├── CheckpointError           a checkpoint to resume from is missing, damaged or of another run
-    └── NonFiniteError            the loss stopped being a number (exit code 4)
+    ├── NonFiniteError            the loss stopped being a number (exit code 4)
+    └── StoppedError              stopped by a signal, state saved (exit code 130 or 143)
     PartialFailure                exit code 3: the run finished, but some clips failed
 
 Only the command line turns these into exit codes; everything below it raises.
@@ -38,6 +39,7 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "PartialFailure",
+    "StoppedError",
     "StorageError",
     "TooShortError",
     "VideoError",
@@ -134,6 +136,18 @@ class NonFiniteError(CogcacheError):
     """The loss or its gradient stopped being a number; raised before the optimizer step."""
 
     exit_code = 4
+
+
+class StoppedError(CogcacheError):
+    """A signal asked the run to stop; it finished its step and saved its state.
+
+    Args:
+        signal_number: 2 for Ctrl-C, 15 for SIGTERM; the exit code is 128 more, as shells report it.
+    """
+
+    def __init__(self, message: str, signal_number: int, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.exit_code = 128 + signal_number
 
 
 class PartialFailure(CogcacheError):
