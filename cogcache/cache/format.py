@@ -21,7 +21,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -52,8 +52,8 @@ __all__ = [
     "shard_name",
 ]
 
-FORMAT = "cogcache"
-VERSION = 1
+FORMAT: Final = "cogcache"
+VERSION: Final = 1
 
 IDENTITY_FILE = "cache.json"
 MANIFEST_FILE = "manifest.json"

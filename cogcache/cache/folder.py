@@ -1,0 +1,164 @@
+"""One series of a cache as it lies on disk: which shards are committed, planned, half done.
+
+Plans are decided before any work, so what ends up in which shard depends on the order of the keys alone. A
+plan ``<name>.plan.json`` stays until the index of its shard is there. Everything here that looks at several
+files, or changes any, is called under the cache lock.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from cogcache.cache.files import FileLock, make_folder, remove, write_atomic
+from cogcache.cache.format import Fingerprint, shard_name
+from cogcache.cache.index import ShardIndex, check_key, parse_index
+from cogcache.cache.lines import dump_sealed, load_sealed
+from cogcache.cache.tar import preamble
+from cogcache.cache.tar_shard import TarShardWriter, durable_keys
+from cogcache.errors import CacheError, DamagedCacheError
+from cogcache.variants import Variant
+
+__all__ = ["SERIES", "SeriesFolder", "check_series"]
+
+SERIES = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_FILE = re.compile(r"\.?([a-z0-9_]+-(\d{5,9}))\.(.+)")
+
+
+def check_series(name: str) -> str:
+    """Return ``name`` if it can be a series: lower-case letters, digits and ``_``.
+
+    Raises:
+        CacheError: if not.
+    """
+    if not SERIES.fullmatch(name):
+        raise CacheError(f"{name!r:.80} is not a name for a series.")
+    return name
+
+
+class SeriesFolder:
+    """The folder of one series."""
+
+    def __init__(self, root: Path, series: str, variant: Variant, fingerprint: Fingerprint) -> None:
+        self.series = check_series(series)
+        self.path = root / series
+        self._preamble = preamble(series, variant, fingerprint)
+        self._known: dict[str, ShardIndex] = {}
+        make_folder(self.path)
+
+    def _names(self, suffix: str) -> list[str]:
+        """Names of the shards that have a file with ``suffix``, by number."""
+        found = {}
+        for file in self.path.iterdir():
+            match = _FILE.fullmatch(file.name)
+            if match and match[3] == suffix and match[1] == shard_name(self.series, int(match[2])):
+                found[int(match[2])] = match[1]
+        return [found[number] for number in sorted(found)]
+
+    def committed(self) -> list[str]:
+        """Names of all committed shards."""
+        return self._names("index.jsonl")
+
+    def unfinished(self) -> list[str]:
+        """Names of the shards that are planned and not committed."""
+        done = set(self.committed())
+        return [name for name in self._names("plan.json") if name not in done]
+
+    def index(self, name: str) -> ShardIndex:
+        """The index of a committed shard, remembered.
+
+        Raises:
+            DamagedCacheError: if it is cut or changed, or the shard is missing or of another size.
+        """
+        if name not in self._known:
+            path, data = self.path / f"{name}.index.jsonl", self.path / f"{name}.tar"
+            try:
+                index = parse_index(path.read_bytes())
+                if not data.is_file() or data.stat().st_size != index.bytes:
+                    raise ValueError(f"{data.name} is missing or its size has changed")
+            except (OSError, ValueError) as error:
+                raise self._damaged(path, name, error) from None
+            self._known[name] = index
+        return self._known[name]
+
+    def plan(self, name: str) -> tuple[str, ...]:
+        """The keys planned for an unfinished shard, in order.
+
+        Raises:
+            DamagedCacheError: if the plan is damaged.
+        """
+        path = self.path / f"{name}.plan.json"
+        try:
+            value = load_sealed(path.read_bytes())
+            if value["shard"] != name or not isinstance(value["keys"], list):
+                raise ValueError("it is the plan of another shard")
+            return tuple(check_key(key) for key in value["keys"])
+        except (OSError, ValueError, KeyError) as error:
+            raise self._damaged(path, name, error) from None
+
+    def _damaged(self, path: Path, name: str, error: Exception) -> DamagedCacheError:
+        return DamagedCacheError(
+            f"{path} is damaged: {error}.",
+            f"Delete {name}.* in {self.path} and run encode again: it remakes just that.",
+        )
+
+    def durable(self, name: str) -> list[str]:
+        """Keys of an unfinished shard that are on disk already."""
+        return durable_keys(self.path, name)
+
+    def committed_keys(self) -> set[str]:
+        """Keys of all entries in committed shards."""
+        return {key for name in self.committed() for key in self.index(name).entries}
+
+    def durable_keys(self) -> set[str]:
+        """Keys of all entries that are on disk, in committed and in unfinished shards."""
+        return self.committed_keys().union(*(self.durable(name) for name in self.unfinished()))
+
+    def pending_keys(self) -> set[str]:
+        """Keys that some unfinished shard may still get: those after its last durable entry."""
+        return {key for name in self.unfinished() for key in after(self.plan(name), self.durable(name))}
+
+    def add_plans(self, keys: Sequence[str], entries_per_shard: int) -> list[str]:
+        """Decide the shards of ``keys``, in this order; returns the names of the new shards."""
+        used = [
+            int(name.rsplit("-", 1)[1])
+            for s in ("tar", "index.jsonl", "plan.json")
+            for name in self._names(s)
+        ]
+        first, made = max(used, default=-1) + 1, []
+        for number, start in enumerate(range(0, len(keys), entries_per_shard), first):
+            name = shard_name(self.series, number)
+            value = {"shard": name, "keys": list(keys[start : start + entries_per_shard])}
+            write_atomic(self.path / f"{name}.plan.json", dump_sealed(value))
+            made.append(name)
+        return made
+
+    def claim(self, name: str) -> FileLock | None:
+        """Take the lock of an unfinished shard; None while another holds it."""
+        return FileLock.acquire(self.path / f".{name}.lock", wait=False)
+
+    def open_shard(self, name: str) -> TarShardWriter:
+        """Open a claimed shard for writing, where a killed process left it."""
+        return TarShardWriter(self.path, name, self._preamble, self.plan(name))
+
+    def drop_plan(self, name: str) -> None:
+        """Remove the plan and the lock of a shard that is committed or came to nothing."""
+        remove(self.path / f"{name}.plan.json", self.path / f".{name}.lock")
+
+    def sweep(self) -> None:
+        """Remove what killed processes left and nobody needs."""
+        done, planned = set(self.committed()), set(self.unfinished())
+        waste = [
+            f"{n}.{s}" for s in ("index.part", "tar.part", "plan.json") for n in self._names(s) if n in done
+        ]
+        waste += [f".{name}.lock" for name in self._names("lock") if name not in planned]
+        waste += [f"{n}.{s}" for s in ("index.jsonl.tmp", "plan.json.tmp") for n in self._names(s)]
+        remove(*(self.path / name for name in waste))
+
+
+def after(plan: Sequence[str], durable: Sequence[str]) -> tuple[str, ...]:
+    """The part of a plan behind its last durable entry: a shard only grows, in the order of its plan."""
+    places = {key: place for place, key in enumerate(plan)}
+    last = max((places.get(key, -1) for key in durable), default=-1)
+    return tuple(plan[last + 1 :])

@@ -1,0 +1,107 @@
+"""``cache.json``: written first, and checked field by field before anything is added."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cogcache.cache.files import write_atomic
+from cogcache.cache.format import IDENTITY_FILE, MANIFEST_FILE, VERSION, Identity, differences
+from cogcache.cache.lines import dump_sealed, load_sealed
+from cogcache.errors import CacheError, DamagedCacheError, MismatchError
+
+__all__ = ["admit", "check_version", "read_identity"]
+
+
+def admit(root: Path, wanted: Identity) -> Identity:
+    """Let a run with identity ``wanted`` into the cache in ``root``; the caller holds the cache lock.
+
+    Returns the identity of the cache from now on: all series it had, and those that are new.
+
+    Raises:
+        MismatchError, DamagedCacheError, CacheError, StorageError: as :meth:`CacheWriter.open` says.
+    """
+    path = root / IDENTITY_FILE
+    wanted = Identity.model_validate(wanted.model_dump(mode="json"))  # lists and tuples as they come back
+    if not path.exists():
+        _check_empty(root, wanted)
+        merged = wanted
+    else:
+        found = read_identity(root)
+        _check_same(root, found, wanted)
+        merged = wanted.model_copy(update={"series": {**found.series, **wanted.series}})
+        if merged == found:
+            return merged
+    write_atomic(path, dump_sealed(merged.model_dump(mode="json")))
+    return merged
+
+
+def read_identity(root: Path) -> Identity:
+    """Read and check ``cache.json``.
+
+    Raises:
+        DamagedCacheError: if any byte of it is wrong.
+        CacheError: if it is of a newer version.
+    """
+    path = root / IDENTITY_FILE
+    try:
+        value = load_sealed(path.read_bytes())
+        check_version(root, value)
+        return Identity.model_validate(value)
+    except (OSError, ValidationError, ValueError) as error:
+        raise DamagedCacheError(
+            f"{path} is damaged: {_short(error)}.", "Choose another --shards folder, or delete this one."
+        ) from None
+
+
+def check_version(root: Path, value: dict[str, Any]) -> None:
+    """Refuse what a later version of this program wrote.
+
+    Raises:
+        CacheError: naming both versions.
+    """
+    version = value.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise CacheError(
+            f"{root} has cache format version {version}; this program knows up to {VERSION}.",
+            "Update cogcache.",
+        )
+
+
+def _check_empty(root: Path, wanted: Identity) -> None:
+    there = [name for name in (MANIFEST_FILE, *wanted.series) if (root / name).exists()]
+    if there:
+        raise DamagedCacheError(
+            f"{root} holds {there[0]} but no {IDENTITY_FILE}.",
+            "Choose another --shards folder, or delete this one.",
+        )
+
+
+def _check_same(root: Path, found: Identity, wanted: Identity) -> None:
+    shared = wanted.series.keys() & found.series.keys()
+    changed = differences(_fields(found, shared), _fields(wanted, shared))
+    if changed:
+        raise MismatchError(
+            f"{root} was made with other settings, which never mix:",
+            changed,
+            "Choose another --shards folder, or delete this one.",
+        )
+
+
+def _fields(identity: Identity, series: Any) -> dict[str, Any]:
+    """All that must agree, flat; the model's id is only where it was found."""
+    fields: dict[str, Any] = {"backend": identity.backend}
+    variant = identity.model.variant.model_dump(mode="json")
+    fields |= {f"model.{name}": value for name, value in variant.items()}
+    for name in series:
+        fields |= {f"series.{name}.{key}": value for key, value in identity.series[name].items()}
+    return fields
+
+
+def _short(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)

@@ -1,0 +1,135 @@
+"""Reading a finished cache: everything is checked against the manifest before it is believed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cogcache.cache.backend import ShardReader
+from cogcache.cache.folder import SERIES
+from cogcache.cache.format import (
+    FAILURES_FILE,
+    MANIFEST_FILE,
+    SAMPLES_FILE,
+    Entry,
+    FailureRecord,
+    Manifest,
+    SampleRecord,
+    SeriesRecord,
+    ShardRecord,
+)
+from cogcache.cache.handles import Handles
+from cogcache.cache.index import parse_index
+from cogcache.cache.tables import read_manifest, read_table
+from cogcache.cache.tar_shard import TarShardReader
+from cogcache.errors import CacheError, DamagedCacheError
+
+__all__ = ["CacheReader"]
+
+_TRIES = 3
+
+
+class CacheReader:
+    """A committed cache, open for indexed reads. Thread-safe; survives fork and pickling.
+
+    Opening reads the manifest, the tables and the indexes, and checks each against its hash; shards are
+    checked entry by entry as they are read. What a later encode adds is seen by a new reader only.
+
+    Attributes:
+        root: Folder of the cache.
+        manifest: The checked manifest.
+        samples: Rows of ``samples.jsonl``, sorted by id.
+        failures: Rows of ``failures.jsonl``.
+
+    Raises:
+        CacheError: if there is no cache, or it is not finished.
+        DamagedCacheError: if bytes on disk are not those that were committed.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self._open()
+        handles = Handles()
+        self._entries = {
+            name: self._open_series(name, series, handles) for name, series in self.manifest.series.items()
+        }
+        self._check_references()
+
+    def _open(self) -> None:
+        """Manifest and tables; again if another process has just committed in between."""
+        for attempt in range(_TRIES):
+            self.manifest: Manifest = read_manifest(self.root)
+            try:
+                self.samples = read_table(self.root, self.manifest, SAMPLES_FILE, SampleRecord)
+                self.failures = read_table(self.root, self.manifest, FAILURES_FILE, FailureRecord)
+                return
+            except DamagedCacheError:
+                if attempt == _TRIES - 1 or read_manifest(self.root) == self.manifest:
+                    raise
+
+    def _open_series(self, name: str, series: SeriesRecord, handles: Handles) -> dict[str, ShardReader]:
+        if not SERIES.fullmatch(name):
+            raise self._damaged(f"{name!r:.80} is not a name for a series")
+        found: dict[str, ShardReader] = {}
+        for record in series.shards:
+            shard = self._open_shard(name, record, handles)
+            for key in shard:
+                if found.setdefault(key, shard) is not shard:
+                    raise self._damaged(f"entry {key} is in two shards of {name}")
+        return found
+
+    def _open_shard(self, series: str, record: ShardRecord, handles: Handles) -> TarShardReader:
+        if not re.fullmatch(rf"{series}-\d{{5,9}}", record.name):
+            raise self._damaged(f"{record.name!r:.80} is not a name for a shard of {series}")
+        path = self.root / series / f"{record.name}.index.jsonl"
+        try:
+            index = parse_index(path.read_bytes())
+            if index.record(record.name) != record:
+                raise ValueError("it is not the one that the manifest names")
+        except (OSError, ValueError) as error:
+            raise DamagedCacheError(
+                f"{path} is missing or damaged: {error}.",
+                f"Delete {record.name}.* in {path.parent} and run encode again: it remakes just that.",
+            ) from None
+        return TarShardReader(path.with_name(f"{record.name}.tar"), index, handles)
+
+    def _check_references(self) -> None:
+        for row in self.samples:
+            for series, keys in (("latents", [row.latents]), ("text", [row.text]), ("images", row.images)):
+                for key in keys:
+                    self._shard(series, key)
+        self._shard("text", self.manifest.unconditional)
+
+    def _shard(self, series: str, key: str) -> ShardReader:
+        try:
+            return self._entries[series][key]
+        except KeyError:
+            raise CacheError(f"{self.root} has no entry {key!r:.80} in {series!r:.80}.") from None
+
+    def read(self, series: str, key: str) -> Entry:
+        """Read one entry; every byte is checked against its checksum.
+
+        Raises:
+            CacheError: if there is no such entry.
+            DamagedCacheError: if its bytes are not those that were committed.
+        """
+        return self._shard(series, key).read(key)
+
+    def keys(self, series: str) -> list[str]:
+        """Keys of all entries of a series, in shard order; used by a sample or not."""
+        return list(self._entries.get(series, ()))
+
+    def damages(self) -> list[DamagedCacheError]:
+        """Read every shard whole and check it against the manifest's hash; empty if all is well."""
+        found = []
+        for shard in dict.fromkeys(shard for series in self._entries.values() for shard in series.values()):
+            try:
+                shard.verify()
+            except DamagedCacheError as error:
+                found.append(error)
+        return found
+
+    def _damaged(self, what: str) -> DamagedCacheError:
+        return DamagedCacheError(
+            f"{self.root / MANIFEST_FILE} is damaged: {what}.", "Run encode again: it writes this anew."
+        )

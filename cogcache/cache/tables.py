@@ -1,0 +1,159 @@
+"""The tables and the manifest: how a commit of the whole cache switches from old to new at one instant.
+
+A new table waits under ``<name>.next`` until the manifest that names its hash is in place. A reader therefore
+looks at both names and takes the one with the right hash; the next commit settles what a kill left open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from cogcache.cache.files import remove, rename, write_atomic, write_file
+from cogcache.cache.format import (
+    FAILURES_FILE,
+    IDENTITY_FILE,
+    MANIFEST_FILE,
+    SAMPLES_FILE,
+    FailureRecord,
+    Manifest,
+    ModelRecord,
+    Record,
+    SampleRecord,
+    SeriesRecord,
+    TableRecord,
+    canonical_json,
+)
+from cogcache.cache.identity import check_version
+from cogcache.cache.lines import parse_json, parse_object, pretty_json
+from cogcache.errors import CacheError, DamagedCacheError
+
+__all__ = ["commit_tables", "read_manifest", "read_table"]
+
+_TABLES = (SAMPLES_FILE, FAILURES_FILE)
+_AGAIN = "Run encode again: it keeps every good shard and writes this anew."
+R = TypeVar("R", bound=Record)
+
+
+def commit_tables(
+    root: Path,
+    model: ModelRecord,
+    series: Mapping[str, SeriesRecord],
+    samples: Sequence[SampleRecord],
+    failures: Sequence[FailureRecord],
+    unconditional: str,
+) -> Manifest:
+    """Write tables, then manifest; the caller holds the cache lock and has checked and sorted everything."""
+    _settle(root)
+    contents = {SAMPLES_FILE: _lines(samples), FAILURES_FILE: _lines(failures)}
+    for name, data in contents.items():
+        write_file(_pending(root, name), data)
+    tables = {
+        name: TableRecord(rows=data.count(b"\n"), sha256=hashlib.sha256(data).hexdigest())
+        for name, data in contents.items()
+    }
+    manifest = Manifest(model=model, series=dict(series), tables=tables, unconditional=unconditional).sealed()
+    write_atomic(root / MANIFEST_FILE, pretty_json(manifest.model_dump(mode="json")))
+    for name in contents:
+        rename(_pending(root, name), root / name)
+    return manifest
+
+
+def _lines(rows: Sequence[Record]) -> bytes:
+    return "".join(canonical_json(row.model_dump(mode="json")) + "\n" for row in rows).encode()
+
+
+def _pending(root: Path, name: str) -> Path:
+    return root / f"{name}.next"
+
+
+def _settle(root: Path) -> None:
+    """Finish or undo what a killed commit left: a waiting table is good if the manifest names its hash."""
+    waiting = [name for name in _TABLES if _pending(root, name).exists()]
+    if not waiting:
+        return
+    try:
+        known = read_manifest(root).tables
+    except CacheError:
+        known = {}
+    for name in waiting:
+        if name in known and _sha256(_pending(root, name)) == known[name].sha256:
+            rename(_pending(root, name), root / name)
+        else:
+            remove(_pending(root, name))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read the manifest and check its checksum.
+
+    Raises:
+        CacheError: if there is none, or it is of a newer version.
+        DamagedCacheError: if any byte of it is wrong.
+    """
+    path = root / MANIFEST_FILE
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise _missing(root) from None
+    except OSError as error:
+        raise CacheError(
+            f"{path} cannot be read: {error.strerror}.", "Check the path and its permissions."
+        ) from None
+    try:
+        value = parse_object(data)
+        check_version(root, value)
+        manifest = Manifest.model_validate(value)
+        if manifest.checksum != manifest.fingerprint() or data != pretty_json(
+            manifest.model_dump(mode="json")
+        ):
+            raise ValueError("the checksum does not match")
+    except (ValidationError, ValueError, RecursionError) as error:
+        reason = f"{error.error_count()} wrong fields" if isinstance(error, ValidationError) else error
+        raise DamagedCacheError(f"{path} is damaged: {reason}.", _AGAIN) from None
+    return manifest
+
+
+def _missing(root: Path) -> CacheError:
+    if (root / IDENTITY_FILE).exists():
+        return CacheError(f"{root} has no {MANIFEST_FILE}: encode has not finished.", "Run encode again.")
+    if root.exists():
+        return CacheError(
+            f"{root} is not a cache: it has no {MANIFEST_FILE}.", "Give the folder that encode wrote."
+        )
+    return CacheError(f"there is no cache at {root}.", "Make one with 'cogcache encode'.")
+
+
+def read_table(root: Path, manifest: Manifest, name: str, kind: type[R]) -> list[R]:
+    """The rows of a table.
+
+    Raises:
+        DamagedCacheError: if it is not the one that the manifest names.
+    """
+    expected = manifest.tables.get(name)
+    if expected is None:
+        raise DamagedCacheError(f"{root / MANIFEST_FILE} names no {name}.", _AGAIN)
+    for path in (root / name, _pending(root, name)):
+        data = path.read_bytes() if path.is_file() else None
+        if data is not None and hashlib.sha256(data).hexdigest() == expected.sha256:
+            return _rows(root / name, data, expected.rows, kind)
+    raise DamagedCacheError(f"{root / name} is missing or not the one that was committed.", _AGAIN)
+
+
+def _rows(path: Path, data: bytes, count: int, kind: type[R]) -> list[R]:
+    lines = data.split(b"\n")[:-1]
+    try:
+        values: list[Any] = parse_json(b"[" + b",".join(lines) + b"]")
+        rows = [kind.model_validate(value) for value in values]
+    except (ValidationError, ValueError) as error:
+        raise DamagedCacheError(f"{path} is damaged: {error}.", _AGAIN) from None
+    if len(rows) != count or len(lines) != count:
+        raise DamagedCacheError(f"{path} is damaged: it has {len(rows)} rows, not {count}.", _AGAIN)
+    return rows

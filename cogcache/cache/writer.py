@@ -1,0 +1,236 @@
+"""Filling a cache: plan shards, fill them in any number of processes, commit the whole.
+
+How a run uses it::
+
+    writer = CacheWriter.open(root, identity)
+    writer.plan("latents", keys, entries_per_shard)
+    for job in writer.jobs("latents", keys):
+        with job:
+            for key in job.remaining:
+                job.append(Entry(key, tensors, facts))  # or job.fail(key, source, reason)
+            job.finish()
+    writer.commit(samples, failures, unconditional)
+
+A kill at any moment costs at most the entry in the making. ``shards/README.md`` is the specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+
+from cogcache.cache import tables
+from cogcache.cache.files import FileLock, make_folder
+from cogcache.cache.folder import SeriesFolder
+from cogcache.cache.format import (
+    IMAGES,
+    JOURNAL_FILE,
+    LATENTS,
+    TEXT,
+    FailureRecord,
+    Identity,
+    Manifest,
+    SampleRecord,
+    SeriesRecord,
+)
+from cogcache.cache.identity import admit
+from cogcache.cache.index import check_key
+from cogcache.cache.job import ShardJob
+from cogcache.cache.journal import Journal
+from cogcache.errors import CacheError
+
+__all__ = ["CacheWriter", "ShardJob"]
+
+_LOCK_FILE = ".lock"
+
+
+class CacheWriter:
+    """One process's access to a cache that is being filled. Safe beside other processes and threads."""
+
+    def __init__(self, root: Path, identity: Identity) -> None:
+        """Use :meth:`open`."""
+        self.root = root
+        self.identity = identity
+        self.journal = Journal(root / JOURNAL_FILE)
+        self._held: list[ShardJob] = []
+        self._folders = {
+            series: SeriesFolder(root, series, identity.model.variant, fingerprint)
+            for series, fingerprint in identity.series.items()
+        }
+
+    @classmethod
+    def open(cls, root: Path, identity: Identity) -> CacheWriter:
+        """Create the cache in ``root``, or take up the one that is there.
+
+        A series that the cache does not have yet is added. Another ``model.id`` is accepted where all facts
+        of the model and all fingerprints agree: the folder has moved.
+
+        Raises:
+            MismatchError: if it was made with other settings; lists every field as "was / is".
+            DamagedCacheError: if ``cache.json`` cannot be trusted.
+            StorageError: if the folder cannot be written.
+        """
+        root = root.absolute()
+        make_folder(root)
+        with _cache_lock(root):
+            return cls(root, admit(root, identity))
+
+    def _lock(self) -> FileLock:
+        return _cache_lock(self.root)
+
+    def _folder(self, series: str) -> SeriesFolder:
+        if series not in self._folders:
+            raise CacheError(f"{self.root} has no series {series!r}.")
+        return self._folders[series]
+
+    def committed(self, series: str) -> set[str]:
+        """Keys of all entries that are durable now, in committed shards and in unfinished ones."""
+        with self._lock():
+            return self._folder(series).durable_keys()
+
+    def plan(self, series: str, keys: Sequence[str], entries_per_shard: int) -> None:
+        """Decide which shards get those of ``keys`` that are neither durable nor planned already.
+
+        New shards take them in the order given, ``entries_per_shard`` each; repeated keys count once.
+
+        Raises:
+            ValueError: if a key is not 32 hex digits or ``entries_per_shard`` is below 1.
+        """
+        if entries_per_shard < 1:
+            raise ValueError(f"a shard cannot hold {entries_per_shard} entries")
+        wanted = dict.fromkeys(check_key(key) for key in keys)
+        folder = self._folder(series)
+        with self._lock():
+            folder.sweep()
+            there = folder.durable_keys() | folder.pending_keys()
+            missing = [key for key in wanted if key not in there]
+            names = folder.add_plans(missing, entries_per_shard)
+        for number, name in enumerate(names):
+            entries = min(entries_per_shard, len(missing) - number * entries_per_shard)
+            self.journal.add("planned", series=series, shard=name, entries=entries)
+
+    def jobs(self, series: str, wanted: Collection[str]) -> Iterator[ShardJob]:
+        """Claim unfinished shards that hold or await any of ``wanted``, oldest first.
+
+        ``wanted`` are all keys that this run can make, done or not: planned keys that are not among them
+        are left out of their shard. Shards that other processes hold are skipped; see :meth:`busy`.
+
+        A job stays claimed until it is finished or closed, so work on the next may begin before. Closing the
+        iterator before its end, as an exception in its loop does, closes its unfinished jobs; what they hold
+        stays.
+        """
+        wanted = frozenset(wanted)
+        given: list[ShardJob] = []
+        while (job := self._claim_next(series, wanted, given)) is not None:
+            given.append(job)
+            try:
+                yield job
+            except BaseException:
+                for unfinished in given:
+                    unfinished.close()
+                raise
+
+    def _claim_next(self, series: str, wanted: frozenset[str], given: Sequence[ShardJob]) -> ShardJob | None:
+        folder = self._folder(series)
+        tried = {job.name for job in given}
+        with self._lock():
+            for name in folder.unfinished():
+                if name in tried or wanted.isdisjoint(folder.plan(name)):
+                    continue
+                claim = folder.claim(name)
+                if claim is not None:
+                    break
+            else:
+                return None
+        with ExitStack() as undo:
+            undo.callback(claim.release)
+            job = ShardJob(name, folder, wanted, claim, self._lock, self.journal)
+            undo.pop_all()
+        self._held[:] = [held for held in self._held if held.open] + [job]
+        return job
+
+    def busy(self) -> bool:
+        """Whether other processes (or other writers of this one) are filling shards of this cache."""
+        mine = {(job.series, job.name) for job in self._held if job.open}
+        with self._lock():
+            return any(
+                self._is_claimed(folder, name)
+                for series, folder in self._folders.items()
+                for name in folder.unfinished()
+                if (series, name) not in mine
+            )
+
+    @staticmethod
+    def _is_claimed(folder: SeriesFolder, name: str) -> bool:
+        claim = folder.claim(name)
+        if claim is not None:
+            claim.release()
+        return claim is None
+
+    def failures(self) -> dict[str, str]:
+        """Entry key -> reason recorded last, for every entry that failed once and is still missing."""
+        durable = {series: self.committed(series) for series in self._folders}
+        return {
+            key: reason
+            for (series, key), reason in self.journal.reasons().items()
+            if series in durable and key not in durable[series]
+        }
+
+    def commit(
+        self, samples: Iterable[SampleRecord], failures: Iterable[FailureRecord], unconditional: str
+    ) -> Manifest:
+        """Write the tables, then the manifest: from here on the cache can be trained from.
+
+        Rows are sorted by id, shards by number, so equal content gives equal bytes. A kill in between leaves
+        the cache as it was, or committed.
+
+        Args:
+            samples: Every sample of the cache.
+            failures: Every clip that is not in it, with the reason.
+            unconditional: Text key of the empty caption.
+
+        Raises:
+            CacheError: if a sample needs an entry that is in no committed shard, or an id comes twice.
+        """
+        rows = sorted(samples, key=lambda row: row.id)
+        lost = sorted(failures, key=lambda row: row.id)
+        with self._lock():
+            keys: dict[str, set[str]] = {}
+            series = {}
+            for name, folder in sorted(self._folders.items()):
+                folder.sweep()
+                keys[name] = folder.committed_keys()
+                series[name] = SeriesRecord(
+                    fingerprint=self.identity.series[name],
+                    shards=tuple(folder.index(shard).record(shard) for shard in folder.committed()),
+                )
+            self._check_complete(rows, unconditional, keys)
+            manifest = tables.commit_tables(self.root, self.identity.model, series, rows, lost, unconditional)
+        self.journal.add("manifest", checksum=manifest.checksum, samples=len(rows), failures=len(lost))
+        return manifest
+
+    def _check_complete(
+        self, rows: Sequence[SampleRecord], unconditional: str, keys: dict[str, set[str]]
+    ) -> None:
+        for before, row in pairwise(rows):
+            if before.id == row.id:
+                raise CacheError(f"two samples have the id {row.id!r} ({before.source} and {row.source}).")
+        needs = [(TEXT, unconditional, "the empty caption")]
+        for row in rows:
+            needs += [(LATENTS, row.latents, row.source), (TEXT, row.text, row.source)]
+            needs += [(IMAGES, key, row.source) for key in row.images]
+        for series, key, whose in needs:
+            if key not in keys.get(series, MappingProxyType({})):
+                raise CacheError(
+                    f"the cache is not complete: {whose} has no committed entry {key} in {series}.",
+                    "Run encode again; if another process is still encoding, wait for it first.",
+                )
+
+
+def _cache_lock(root: Path) -> FileLock:
+    lock = FileLock.acquire(root / _LOCK_FILE, wait=True)
+    assert lock is not None
+    return lock
