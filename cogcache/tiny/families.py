@@ -1,8 +1,8 @@
 """What each CogVideoX family is, in miniature: component configs as plain dicts, no torch.
 
 What decides how a model must be treated is real: VAE scale facts and 8x8x4 compression, scheduler, kind of
-positions, patch sizes, ofs, text length, latent channels. What decides how much it costs is small: layers, widths
-and the default video, 17 frames of 64x96. The three branches (2B; 5B; 1.5) differ in shape, as the real ones do
+positions, patch sizes, ofs, text length, latent channels. What decides the cost is small: layers, widths
+and the default video, 17 frames of 64x96. The three branches (2B; 5B; 1.5) differ in shape, as real ones do
 or nearly do, so that a LoRA of one cannot pass for another's.
 
 Sources: the published configs of THUDM/CogVideoX-2b, CogVideoX-5b, CogVideoX-5b-I2V, CogVideoX1.5-5B and

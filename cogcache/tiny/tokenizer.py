@@ -1,6 +1,6 @@
 """A small but real T5 tokenizer: a SentencePiece unigram model trained on made-up captions.
 
-It is saved as real checkpoints have it, ``spiece.model`` and ``tokenizer_config.json``, and is meant to be loaded
+Saved as real checkpoints have it, ``spiece.model`` and ``tokenizer_config.json``, it is meant to be loaded
 from its folder: ``T5Tokenizer(vocab_file=...)`` makes a tokenizer without a vocabulary in transformers 5.
 """
 

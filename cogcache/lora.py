@@ -1,0 +1,272 @@
+"""The LoRA file: diffusers' format, plus where the LoRA comes from.
+
+``pytorch_lora_weights.safetensors`` holds ``transformer.<module>.lora_A.weight`` [rank, in] and
+``transformer.<module>.lora_B.weight`` [out, rank]. Its metadata has two texts beside ``format``:
+
+``lora_adapter_metadata``
+    The PEFT ``LoraConfig`` as JSON, each key prefixed by ``transformer.``. Stock ``pipe.load_lora_weights``
+    builds the adapter from it and so applies the trained alpha / rank; without it, it takes alpha = rank.
+``cogcache``
+    :class:`Provenance` as JSON: base model and its facts, cache fingerprint, and the training clips' frames,
+    size and fps. diffusers ignores it; ``cogcache infer`` takes its defaults from it.
+
+Files are never unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cogcache.errors import LoraError, StorageError
+from cogcache.tensorfile import read_tensor_header
+from cogcache.variants import Variant
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LORA_FILE_NAME", "LoraHeader", "Provenance", "read_lora_header", "save_lora"]
+
+LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
+
+_PREFIX = "transformer."
+_ADAPTER_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
+_OUR_KEY = "cogcache"
+
+# What of a PEFT LoraConfig decides the adapter's function. The rest is left out, because an older PEFT
+# refuses a config with a key that it does not know.
+_ALWAYS = ("r", "lora_alpha", "target_modules")
+_IF_SET = (
+    "alpha_pattern",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_bias",
+    "lora_dropout",
+    "rank_pattern",
+    "use_dora",
+    "use_rslora",
+)
+
+
+class Provenance(BaseModel):
+    """Where a LoRA comes from. ``None``: not known.
+
+    ``base_model`` is the hub id or folder it was trained on, ``fingerprint`` that of the cache's manifest;
+    ``frames``, ``size`` (HEIGHTxWIDTH in pixels) and ``fps`` are those of most training clips.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    base_model: str | None = None
+    variant: Variant | None = None
+    fingerprint: str | None = None
+    frames: int | None = None
+    size: str | None = None
+    fps: float | None = None
+
+
+@dataclass(frozen=True)
+class LoraHeader:
+    """What the header of a LoRA file says.
+
+    Attributes:
+        path: The file.
+        shapes: Shape of each tensor, by name without ``transformer.``.
+        rank: The rank, or the highest if layers differ.
+        alpha: The trained alpha; ``None`` if the file does not say.
+        adapter: The ``LoraConfig`` keys stored; empty for foreign files without them.
+        provenance: All ``None`` for files not made by this project.
+    """
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    rank: int
+    alpha: float | None
+    adapter: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+
+    @property
+    def base_model(self) -> str | None:
+        """Hub id or folder of the model it was trained on."""
+        return self.provenance.base_model
+
+    @property
+    def variant(self) -> Variant | None:
+        """Facts of the model it was trained on."""
+        return self.provenance.variant
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of the cache it was trained from."""
+        return self.provenance.fingerprint
+
+    @property
+    def frames(self) -> int | None:
+        """Frames of the training clips."""
+        return self.provenance.frames
+
+    @property
+    def size(self) -> str | None:
+        """Size of the training clips, HEIGHTxWIDTH in pixels."""
+        return self.provenance.size
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of the training clips."""
+        return self.provenance.fps
+
+
+def save_lora(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    lora_config: Mapping[str, Any],
+    provenance: Provenance,
+) -> Path:
+    """Write a LoRA file, durable and complete or not at all. Equal input gives equal bytes.
+
+    Args:
+        path: The file to write or to replace.
+        tensors: As ``peft.get_peft_model_state_dict`` gives them, names without ``transformer.``, any device.
+        lora_config: ``peft.LoraConfig.to_dict()`` of the adapter.
+
+    Raises:
+        LoraError: if there are no tensors, or one is not of a LoRA or is empty.
+        StorageError: if the file cannot be written.
+    """
+    _check_tensors(tensors)
+    metadata = {
+        "format": "pt",
+        _ADAPTER_KEY: _dump({_PREFIX + key: value for key, value in _adapter_of(lora_config).items()}),
+        _OUR_KEY: provenance.model_dump_json(),
+    }
+    content = _serialise({_PREFIX + name: tensor for name, tensor in tensors.items()}, metadata)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, content)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from None
+    return path
+
+
+def read_lora_header(path: Path) -> LoraHeader:
+    """Read what a LoRA file says about itself; no tensor data is read.
+
+    Raises:
+        LoraError: if it is missing, not a safetensors file, not a LoRA for a transformer, or damaged.
+    """
+    try:
+        header = read_tensor_header(path)
+    except FileNotFoundError:
+        raise LoraError(f"there is no LoRA file {str(path)!r}.") from None
+    except OSError as error:
+        raise LoraError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise LoraError(
+            f"{path} is not a LoRA file: {error}.", "A .safetensors file is needed; pickles are never loaded."
+        ) from None
+    shapes = _lora_shapes(path, header.shapes)
+    adapter = _adapter_in(path, header.metadata)
+    alpha = adapter.get("lora_alpha")
+    return LoraHeader(
+        path=path,
+        shapes=shapes,
+        rank=max(shape[0] for name, shape in shapes.items() if name.endswith("lora_A.weight")),
+        alpha=None if alpha is None else float(alpha),
+        adapter=adapter,
+        provenance=_provenance_in(path, header.metadata),
+    )
+
+
+def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
+    if not tensors:
+        raise LoraError("there are no LoRA weights to save.")
+    for name, tensor in tensors.items():
+        if ".lora_" not in name:
+            raise LoraError(f"{name} is not a LoRA weight.")
+        if not tensor.numel():
+            raise LoraError(f"{name} is empty.", "Gather sharded parameters before saving.")
+
+
+def _adapter_of(lora_config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: lora_config[key] for key in _ALWAYS}
+    kept.update({key: lora_config[key] for key in _IF_SET if lora_config.get(key)})
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _serialise(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """Bytes of a safetensors file. The library orders metadata at random, so the header is written anew."""
+    from safetensors.torch import save
+
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    length = int.from_bytes(content[:8], "little")
+    header = _dump({"__metadata__": metadata, **json.loads(content[8 : 8 + length])}).encode()
+    header += b" " * (-len(header) % 8)  # tensor data stays aligned
+    return b"".join([len(header).to_bytes(8, "little"), header, memoryview(content)[8 + length :]])
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _lora_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    down = [name for name in shapes if name.endswith(".lora_A.weight")]
+    if not down:
+        raise LoraError(f"{path} is not a LoRA file: it holds no lora_A weights.")
+    strange = [name for name in shapes if not name.startswith(_PREFIX) or ".lora_" not in name]
+    if strange:
+        raise LoraError(f"{path} holds weights that are not a transformer's LoRA: {strange[0][:100]}.")
+    if any(len(shapes[name]) != 2 or not math.prod(shapes[name]) for name in down):
+        raise LoraError(f"{path} holds LoRA weights that are not matrices.")
+    return {name.removeprefix(_PREFIX): shape for name, shape in shapes.items()}
+
+
+def _adapter_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    text = metadata.get(_ADAPTER_KEY)
+    if text is None:
+        return {}
+    try:
+        stored = {str(key).removeprefix(_PREFIX): value for key, value in json.loads(text).items()}
+        if not (math.isfinite(stored["lora_alpha"]) and isinstance(stored["r"], int)):
+            raise ValueError("alpha or rank is not a number")
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise LoraError(f"{path} has damaged adapter metadata: {error}.") from None
+    return stored
+
+
+def _provenance_in(path: Path, metadata: Mapping[str, str]) -> Provenance:
+    text = metadata.get(_OUR_KEY)
+    if text is None:
+        return Provenance()
+    try:
+        return Provenance.model_validate_json(text)
+    except ValidationError as error:
+        reason = error.errors()[0]
+        where = ".".join(str(part) for part in reason["loc"])
+        raise LoraError(f"{path} has damaged metadata: {where} {reason['msg']}.") from None
