@@ -1,0 +1,195 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is a folder ``checkpoint-000100`` in the run's output::
+
+    pytorch_lora_weights.safetensors   the LoRA as it would be at this step; loads in stock diffusers
+    optimizer.safetensors              AdamW moments and step, by parameter name
+    trainer_state.json                 step, what the run is, loss scaler, sha256 of the other files
+
+It is written under another name, made durable, and renamed: a folder of the right name is complete.
+Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cogcache.cache.files import make_folder, rename, storage_errors, sync_folder, write_file
+from cogcache.errors import CheckpointError
+from cogcache.lora import LORA_FILE_NAME
+
+__all__ = [
+    "Checkpoint",
+    "TrainerState",
+    "checkpoint_folder",
+    "find_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "prune_checkpoints",
+    "save_checkpoint",
+]
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a run must know besides tensors. ``run`` decides whether a checkpoint is of this run."""
+
+    step: int
+    run: Mapping[str, Any]
+    scaler: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory; tensors on the CPU."""
+
+    state: TrainerState
+    lora: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def checkpoint_folder(output: Path, step: int) -> Path:
+    """``output/checkpoint-000100`` for step 100."""
+    return output / f"checkpoint-{step:06d}"
+
+
+def list_checkpoints(output: Path) -> list[Path]:
+    """Checkpoint folders in ``output``, oldest first, judged by name alone."""
+    found = [(int(m[1]), path) for path in output.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save_checkpoint(
+    output: Path, state: TrainerState, save_lora: Callable[[Path], None], optimizer: Mapping[str, Tensor]
+) -> Path:
+    """Write a checkpoint; durable on return.
+
+    Args:
+        save_lora: Writes the LoRA file at the path it is given, durably.
+        optimizer: Tensors on the CPU.
+
+    Raises:
+        StorageError: if the disk is full or cannot be written. The folder then does not exist.
+    """
+    folder = checkpoint_folder(output, state.step)
+    draft = folder.with_name(folder.name + ".tmp")
+    with storage_errors(draft):
+        _remove_tree(draft)
+        _remove_tree(folder)
+        make_folder(draft)
+        save_lora(draft / LORA_FILE_NAME)
+        save_file(dict(optimizer), draft / OPTIMIZER_FILE)
+        _sync_file(draft / OPTIMIZER_FILE)
+        hashes = {name: _sha256(draft / name) for name in (LORA_FILE_NAME, OPTIMIZER_FILE)}
+        record = {"step": state.step, "run": state.run, "scaler": state.scaler, "sha256": hashes}
+        write_file(draft / STATE_FILE, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+        sync_folder(draft)
+    rename(draft, folder)
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    """Of the bytes on disk now; the remembered hashes of :mod:`cogcache.hashing` would hide damage."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def prune_checkpoints(output: Path, keep: int) -> None:
+    """Delete the oldest checkpoints beyond ``keep`` (0 keeps all) and drafts that a crash left behind."""
+    for draft in output.glob("checkpoint-*.tmp"):
+        _remove_tree(draft)
+    if keep:
+        for folder in list_checkpoints(output)[:-keep]:
+            _remove_tree(folder)
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder so that a crash in between leaves no half of it under a checkpoint's name."""
+    if not folder.exists():
+        return
+    with storage_errors(folder):
+        if not folder.name.endswith(".tmp"):
+            doomed = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder = folder.rename(doomed)
+        shutil.rmtree(folder)
+
+
+def find_checkpoint(output: Path, resume: str) -> Checkpoint | None:
+    """The checkpoint that ``--resume`` names: a folder, or the newest undamaged one for ``latest``.
+
+    Returns:
+        None for ``latest`` where there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: if the named folder is missing or damaged, or all of ``latest`` are damaged.
+    """
+    if resume != "latest":
+        return load_checkpoint(Path(resume))
+    damage: list[str] = []
+    for folder in reversed(list_checkpoints(output)):
+        try:
+            return load_checkpoint(folder)
+        except CheckpointError as error:
+            damage.append(error.message)
+    if damage:
+        raise CheckpointError(
+            "no checkpoint is undamaged: " + " ".join(damage),
+            f"Delete them or choose another output than {output}.",
+        )
+    return None
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint and check every byte of it.
+
+    Raises:
+        CheckpointError: if it is missing, incomplete or damaged.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"there is no checkpoint folder {folder}.", "Give an existing one, or --resume latest."
+        )
+    try:
+        record = json.loads((folder / STATE_FILE).read_text("utf-8"))
+        state = TrainerState(step=int(record["step"]), run=dict(record["run"]), scaler=dict(record["scaler"]))
+        for name in (LORA_FILE_NAME, OPTIMIZER_FILE):
+            if _sha256(folder / name) != record["sha256"][name]:
+                raise ValueError(f"{name} is not what was written")
+        lora = {_bare(name): tensor for name, tensor in load_file(folder / LORA_FILE_NAME).items()}
+        return Checkpoint(state, lora, load_file(folder / OPTIMIZER_FILE))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} is damaged: {error}.", "Delete it and resume from an earlier one."
+        ) from None
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("transformer.")

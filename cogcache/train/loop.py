@@ -1,0 +1,276 @@
+"""The training loop.
+
+One optimizer step is the mean loss over a set of samples of one bucket. The set is dealt to processes and
+microbatches; each microbatch adds its part of the sum, divided by the number of samples in the whole set,
+so the gradient does not depend on how the set was dealt.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cogcache.config import TrainConfig
+from cogcache.draws import seed_for
+from cogcache.errors import NonFiniteError, StoppedError
+from cogcache.progress import Progress, say
+from cogcache.train.checkpoints import Checkpoint, TrainerState, prune_checkpoints, save_checkpoint
+from cogcache.train.data import Batch, Samples, StepPlan, read_ahead, step_plans
+from cogcache.train.metrics import Tracker, open_trackers
+from cogcache.train.model import LoraFile, load_lora_state, trainable
+from cogcache.train.objective import loss_per_sample
+from cogcache.train.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from cogcache.train.schedule import learning_rate
+from cogcache.train.signals import StopRequest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["StepResult", "Trainer"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave.
+
+    ``losses`` by sample index, over all processes; ``stop`` is a signal's number, 0 for none.
+    """
+
+    losses: dict[int, float]
+    grad_norm: float
+    lr: float
+    stop: int
+
+    @property
+    def loss(self) -> float:
+        """Mean over the samples of the step."""
+        return math.fsum(self.losses.values()) / len(self.losses)
+
+
+class Trainer:
+    """Trains the parameters of ``transformer`` that require a gradient.
+
+    Args:
+        transformer: On the device of ``accelerator``, with its LoRA.
+        scheduler: The checkpoint's scheduler.
+        dtype: What the frozen base runs in; float16 gets loss scaling.
+        run: What decides the numbers of this run (kept in checkpoints).
+        lora_file: Writes the LoRA.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        transformer: nn.Module,
+        scheduler: Any,
+        samples: Samples,
+        *,
+        dtype: torch.dtype,
+        output: Path,
+        run: dict[str, Any],
+        lora_file: LoraFile,
+    ) -> None:
+        self.config, self.accelerator, self.samples = config, accelerator, samples
+        self.transformer, self.scheduler, self.dtype = transformer, scheduler, dtype
+        self.output, self.run_record, self.lora_file = output, run, lora_file
+        self.device, self.process = accelerator.device, accelerator.process_index
+        self.scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
+        self.parameters = trainable(transformer)
+        self.model = accelerator.prepare_model(transformer)
+        self.optimizer = make_optimizer(config, self.parameters)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.done = 0
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where ``checkpoint`` was made.
+
+        Raises:
+            CheckpointError: if its tensors do not fit.
+        """
+        load_lora_state(self.transformer, checkpoint.lora)
+        load_optimizer_state(self.optimizer, self.parameters, checkpoint.optimizer)
+        self.scaler.load_state_dict(dict(checkpoint.state.scaler))
+        self.done = checkpoint.state.step
+
+    def train(self) -> float | None:
+        """Run the remaining optimizer steps; the loss of the last one, None if there was none to do.
+
+        Raises:
+            NonFiniteError: if a loss or the gradient is not a number; nothing is updated then.
+            StoppedError: after Ctrl-C or SIGTERM, with a checkpoint saved.
+        """
+        loss = None
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            trackers = self._open_trackers(stack)
+            progress = self._open_progress(stack)
+            batches = stack.enter_context(closing(self._batches()))
+            started = time.perf_counter()
+            for plan in self._plans():
+                result = self._step(plan, batches, stop)
+                self.done, loss = plan.number, result.loss
+                started = self._log(plan, result, trackers, started)
+                if progress:
+                    progress.advance(loss=f"{loss:.4f}", lr=f"{result.lr:.2e}")
+                if result.stop or self._checkpoint_due():
+                    self.save()
+                if result.stop:
+                    raise self._stopped(result.stop)
+        return loss
+
+    def _step(self, plan: StepPlan, batches: Iterator[Batch], stop: StopRequest) -> StepResult:
+        micros = plan.micros[self.process]
+        losses = []
+        for number, micro in enumerate(micros, 1):
+            last = number == len(micros)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss_b = self._forward(next(batches), plan.number, number)
+                losses.append(loss_b.detach()[: micro.real])
+                self._backward(loss_b, micro.real, len(plan.batch))
+        per_sample, stop_number = self._exchange(plan, torch.cat(losses), stop)
+        self._refuse_non_finite(plan, per_sample)
+        lr = learning_rate(self.config, plan.number - 1)
+        return StepResult(per_sample, self._update(plan, lr), lr, stop_number)
+
+    def _forward(self, batch: Batch, step: int, micro: int) -> Tensor:
+        """Loss of each sample of a microbatch, fillers included, float32 [B]."""
+        if self.config.lora_dropout:
+            torch.manual_seed(seed_for(self.config.seed, "lora dropout", step, micro, self.process))
+        batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
+        return loss_per_sample(
+            self.model,
+            self.scheduler,
+            batch.moments_bcfhw,
+            batch.prompt_embeds_bld,
+            noise_bpchw=batch.noise_bpchw,
+            timesteps_b=batch.timesteps_b,
+            variant=self.samples.variant,
+            posterior_noise_bcfhw=batch.posterior_noise_bcfhw,
+            image_latents_bcfhw=batch.image_latents_bcfhw,
+            dtype=self.dtype,
+        )
+
+    def _backward(self, loss_b: Tensor, real: int, total: int) -> None:
+        """Add this microbatch's part of the mean over ``total`` samples. Fillers count as zero."""
+        weights_b = (torch.arange(len(loss_b), device=self.device) < real).float()
+        # Data parallelism averages gradients over processes; the factor turns that into their sum.
+        loss = (loss_b * weights_b).sum() * (self.accelerator.num_processes / total)
+        self.scaler.scale(loss).backward()
+
+    def _exchange(self, plan: StepPlan, losses: Tensor, stop: StopRequest) -> tuple[dict[int, float], int]:
+        """Every process learns all losses of the step, and whether any process was asked to stop."""
+        row = torch.zeros(self.config.batch_size * self.config.grad_accum + 1, device=self.device)
+        row[: len(losses)] = losses
+        row[-1] = stop.number
+        rows = self.accelerator.gather(row).view(-1, len(row)).tolist()
+        pairs = (pair for p, values in enumerate(rows) for pair in zip(plan.real(p), values, strict=False))
+        return dict(sorted(pairs)), int(max(values[-1] for values in rows))
+
+    def _refuse_non_finite(self, plan: StepPlan, losses: dict[int, float]) -> None:
+        bad = [self.samples.records[index] for index, loss in losses.items() if not math.isfinite(loss)]
+        if bad:
+            names = ", ".join(f"{record.id} ({record.source})" for record in bad)
+            raise NonFiniteError(
+                f"the loss of step {plan.number} is not a number, for sample {names}.",
+
+
+                "Nothing was updated. Resume from the last checkpoint with a lower --lr,
+                or look at that clip.",
+            )
+
+    def _update(self, plan: StepPlan, lr: float) -> float:
+        """Clip once, step, and clear the gradients; returns the gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        scaling_down = self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
+        if not math.isfinite(norm) and not scaling_down:
+            raise NonFiniteError(
+                f"the gradient of step {plan.number} is not a number.",
+                "Nothing was updated. Resume from the last checkpoint with a lower --lr.",
+            )
+        self.scaler.step(self.optimizer)  # skips the step, and the scale shrinks, if float16 overflowed
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save(self) -> None:
+        """Save a checkpoint of the steps done, then delete the oldest beyond the limit."""
+        if self.accelerator.is_main_process:
+            state = TrainerState(self.done, self.run_record, self.scaler.state_dict())
+            tensors = optimizer_state(self.optimizer, self.parameters)
+            save_checkpoint(self.output, state, self.write_lora, tensors)
+            prune_checkpoints(self.output, self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def write_lora(self, path: Path) -> None:
+        """Write the LoRA as it is now."""
+        self.lora_file.write(path, self.transformer)
+
+    def _checkpoint_due(self) -> bool:
+        every = self.config.checkpoint_every
+        return bool(every) and (self.done % every == 0 or self.done == self.config.steps)
+
+    def _plans(self) -> Iterator[StepPlan]:
+        return step_plans(self.samples.records, self.config, self.accelerator.num_processes, self.done)
+
+    def _batches(self) -> Any:
+        micros = (micro for plan in self._plans() for micro in plan.micros[self.process])
+        pin = self.device.type == "cuda"
+        return read_ahead(lambda micro: self.samples.batch(micro, pin=pin), micros, self.config.workers)
+
+    def _open_trackers(self, stack: ExitStack) -> list[Tracker]:
+        if not self.accelerator.is_main_process:
+            return []
+        return [stack.enter_context(closing(t)) for t in open_trackers(self.config, self.output, self.done)]
+
+    def _open_progress(self, stack: ExitStack) -> Progress | None:
+        if not self.accelerator.is_main_process:
+            return None
+        return stack.enter_context(Progress("train", self.config.steps - self.done, "steps"))
+
+    def _log(self, plan: StepPlan, result: StepResult, trackers: list[Tracker], started: float) -> float:
+        """Report a step; returns the time at which the next one starts."""
+        now = time.perf_counter()
+        if plan.number % self.config.log_every == 0 or plan.number == self.config.steps:
+            values = self._values(plan, result, now - started)
+            for tracker in trackers:
+                tracker.log(plan.number, values)
+        return now
+
+    def _values(self, plan: StepPlan, result: StepResult, seconds: float) -> dict[str, Any]:
+        records = [self.samples.records[index] for index in result.losses]
+        values: dict[str, Any] = {
+            "epoch": plan.epoch,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
+            "seconds": seconds,
+            "samples_per_s": len(records) / seconds,
+        }
+        if self.device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        values["samples"] = [
+            {"id": record.id, "t": self.samples.timestep(plan.epoch, record), "loss": loss}
+            for record, loss in zip(records, result.losses.values(), strict=True)
+        ]
+        return values
+
+    def _stopped(self, number: int) -> StoppedError:
+        say(f"Stopped after step {self.done} of {self.config.steps}; checkpoint saved.")
+        return StoppedError(
+            f"stopped by a signal after step {self.done} of {self.config.steps}; a checkpoint is saved.",
+            number,
+            "Run the same command with --resume latest to go on.",
+        )

@@ -1,0 +1,130 @@
+"""Where the numbers of a run go: always ``metrics.jsonl``, on request TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from cogcache.cache.files import storage_errors, write_atomic
+from cogcache.config import TrainConfig
+from cogcache.errors import ConfigError
+
+__all__ = ["METRICS_FILE", "MetricsFile", "TensorBoard", "Tracker", "WeightsAndBiases", "open_trackers"]
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker(Protocol):
+    """Takes the numbers of optimizer steps, in order."""
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record ``values`` of ``step`` (counted from 1). Nested values may be left out."""
+        ...
+
+    def close(self) -> None:
+        """Write what is pending."""
+        ...
+
+
+class MetricsFile:
+    """One JSON object a line. On resume it is cut back, so that no step appears twice."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        path = folder / METRICS_FILE
+        kept = [line for line in _lines(path) if _step(line) <= done]
+        write_atomic(path, b"".join(kept))
+        self.path = path
+        with storage_errors(path):
+            self._stream: TextIO = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """See :class:`Tracker`. On disk (short of a power cut) on return."""
+        with storage_errors(self.path):
+            self._stream.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """See :class:`Tracker`."""
+        with storage_errors(self.path):
+            self._stream.close()
+
+
+def _lines(path: Path) -> Sequence[bytes]:
+    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
+
+
+def _step(line: bytes) -> float:
+    """The step of a line; infinity for one that a crash cut short."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class TensorBoard:
+    """Scalars as TensorBoard event files in ``folder/tensorboard``."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise _missing("tensorboard") from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """See :class:`Tracker`."""
+        for name, value in _numbers(values).items():
+            self._writer.add_scalar(f"train/{name}", value, step)
+
+    def close(self) -> None:
+        """See :class:`Tracker`."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Scalars to a Weights & Biases run; its environment variables choose project and mode."""
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise _missing("wandb") from None
+        self._run = wandb.init(dir=str(folder), name=folder.name, config=config.model_dump(mode="json"))
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """See :class:`Tracker`."""
+        self._run.log({f"train/{name}": value for name, value in _numbers(values).items()}, step=step)
+
+    def close(self) -> None:
+        """See :class:`Tracker`."""
+        self._run.finish()
+
+
+def open_trackers(config: TrainConfig, folder: Path, done: int) -> list[Tracker]:
+    """``metrics.jsonl`` and the trackers asked for.
+
+    Args:
+        done: Optimizer steps already behind; what was logged beyond them is cut off.
+
+    Raises:
+        ConfigError: if a tracker's package is not installed.
+    """
+    trackers: list[Tracker] = [MetricsFile(folder, done)]
+    if "tensorboard" in config.report_to:
+        trackers.append(TensorBoard(folder, done))
+    if "wandb" in config.report_to:
+        trackers.append(WeightsAndBiases(folder, config))
+    return trackers
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+
+def _missing(package: str) -> ConfigError:
+    return ConfigError(
+        f"--report-to {package} needs a package that is not installed.", f"Run: pip install {package}"
+    )

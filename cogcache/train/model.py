@@ -1,0 +1,195 @@
+"""The trainable model: a frozen transformer in its own dtype, and a float32 LoRA in it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cogcache.cache.format import SampleRecord
+from cogcache.config import TrainConfig
+from cogcache.draws import generator
+from cogcache.errors import CheckpointError, ConfigError, ModelError
+from cogcache.geometry import Size
+from cogcache.lora import Provenance, save_lora
+from cogcache.models import torch_dtype
+from cogcache.variants import Variant, weights_dtype
+
+__all__ = [
+    "LoraFile",
+    "add_lora",
+    "base_dtype",
+    "load_lora_state",
+    "load_scheduler",
+    "load_transformer",
+    "lora_state",
+    "trainable",
+]
+
+
+def base_dtype(root: Path, choice: str) -> torch.dtype:
+    """The dtype the frozen transformer runs in.
+
+    Raises:
+        ConfigError: if float16 is asked for a model whose weights are not float16: such models were
+            trained in bfloat16, whose range is far wider, and their activations overflow float16.
+    """
+    native = weights_dtype(root / "transformer")
+    name = native if choice == "auto" else choice
+    if name == "float16" and native != "float16":
+        raise ConfigError(
+            f"this model's weights are {native}; its activations can exceed what float16 holds (65504).",
+            "Use --dtype auto, bfloat16 or float32.",
+        )
+    return torch_dtype(name)
+
+
+def load_transformer(root: Path, dtype: torch.dtype) -> nn.Module:
+    """Load the transformer alone, frozen, on the CPU.
+
+    Raises:
+        ModelError: if its weights are missing or damaged.
+    """
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
+
+    try:
+        transformer = CogVideoXTransformer3DModel.from_pretrained(
+            root,
+            subfolder="transformer",
+            torch_dtype=dtype,
+            low_cpu_mem_usage=True,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (
+        Exception
+    ) as error:  # OSError, ValueError, RuntimeError, SafetensorError: all mean the same to the user
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the transformer in {root} cannot be loaded: {reason}") from error
+    return transformer.requires_grad_(False).train()  # type: ignore[no-any-return]
+
+
+def load_scheduler(root: Path) -> Any:
+    """The checkpoint's own scheduler (DDIM for 2B, DPM for the others), which knows its alphas.
+
+    Raises:
+        ModelError: if it is not one of CogVideoX's two.
+    """
+    from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
+    from diffusers.schedulers.scheduling_dpm_cogvideox import CogVideoXDPMScheduler
+
+    from cogcache.variants import read_config
+
+    name = read_config(root, "scheduler/scheduler_config.json").get("_class_name")
+    for kind in (CogVideoXDDIMScheduler, CogVideoXDPMScheduler):
+        if kind.__name__ == name:
+            return kind.from_pretrained(root, subfolder="scheduler", local_files_only=True)
+    raise ModelError(
+        f"{root} has the scheduler {name!r}; CogVideoXDDIMScheduler or CogVideoXDPMScheduler needed."
+    )
+
+
+def add_lora(transformer: nn.Module, config: TrainConfig) -> None:
+    """Add a LoRA in place: float32, lora_A Kaiming-uniform from the seed and the layer's name, lora_B zero.
+
+    Raises:
+        ConfigError: naming the target modules that match no layer.
+    """
+    from peft import LoraConfig
+
+    _check_targets(transformer, config.target_modules)
+    adapter: Any = transformer
+    adapter.add_adapter(
+        LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=list(config.target_modules),
+        )
+    )
+    for name, parameter in trainable(transformer).items():
+        parameter.data = parameter.data.float()  # PEFT gives it the base's dtype
+        if "lora_A" in name:
+            nn.init.kaiming_uniform_(
+                parameter.data, a=math.sqrt(5), generator=generator(config.seed, "lora init", name)
+            )
+
+
+def _check_targets(transformer: nn.Module, targets: list[str]) -> None:
+    layers = [
+        name for name, module in transformer.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    unknown = [t for t in targets if not any(name == t or name.endswith("." + t) for name in layers)]
+    if unknown:
+        endings = sorted(
+            {name.split(".", 2)[-1] for name in layers if name.startswith("transformer_blocks.")}
+        )
+        raise ConfigError(
+            f"no layer of this model is named {', '.join(map(repr, unknown))}.",
+            f"Layers of a block: {', '.join(endings)}; the last parts of a name are enough (to_q).",
+        )
+
+
+def trainable(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that are trained, by name."""
+    return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+
+
+def lora_state(transformer: nn.Module) -> dict[str, Tensor]:
+    """The LoRA's tensors on the CPU, by the names PEFT saves (``....to_q.lora_A.weight``)."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(transformer)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def load_lora_state(transformer: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what :func:`lora_state` gave.
+
+    Raises:
+        CheckpointError: if names or shapes are not those of this LoRA.
+    """
+    from peft import set_peft_model_state_dict
+
+    wanted = {name: tuple(tensor.shape) for name, tensor in lora_state(transformer).items()}
+    if wanted != {name: tuple(tensor.shape) for name, tensor in state.items()}:
+        raise CheckpointError("the LoRA in the checkpoint has other layers or another rank than this run.")
+    set_peft_model_state_dict(transformer, state)
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """Writes the LoRA of a transformer with all that inference needs to know about it.
+
+    Args:
+        base_model: Hub id or folder.
+        fingerprint: That of the cache's manifest.
+        records: The training samples.
+    """
+
+    base_model: str
+    variant: Variant
+    fingerprint: str
+    records: Sequence[SampleRecord]
+
+    def write(self, path: Path, transformer: nn.Module) -> None:
+        """Write the file, durable and complete or not at all; equal weights give equal bytes."""
+        clips = Counter((r.frames, str(Size(r.height, r.width)), r.fps) for r in self.records)
+        frames, size, fps = clips.most_common(1)[0][0]
+        provenance = Provenance(
+            base_model=self.base_model,
+            variant=self.variant,
+            fingerprint=self.fingerprint,
+            frames=frames,
+            size=size,
+            fps=fps,
+        )
+        adapter: Any = transformer
+        config = adapter.peft_config["default"].to_dict()
+        save_lora(path, lora_state(transformer), lora_config=config, provenance=provenance)

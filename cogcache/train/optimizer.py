@@ -1,0 +1,54 @@
+"""AdamW over the trained parameters, and its state as named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cogcache.config import TrainConfig
+from cogcache.errors import CheckpointError
+
+__all__ = ["load_optimizer_state", "make_optimizer", "optimizer_state"]
+
+
+def make_optimizer(config: TrainConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW as configured; the learning rate is set anew before every step."""
+    return torch.optim.AdamW(
+        parameters.values(),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Every state tensor as ``<parameter>.<name>`` (``exp_avg``, ``exp_avg_sq``, ``step``), on the CPU."""
+    return {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
+) -> None:
+    """Put back what :func:`optimizer_state` gave.
+
+    Raises:
+        CheckpointError: if it is of other parameters.
+    """
+    for full_name, value in state.items():
+        name, key = full_name.rsplit(".", 1)
+        parameter = parameters.get(name)
+        if parameter is None or (key != "step" and value.shape != parameter.shape):
+            raise CheckpointError(f"the optimizer state in the checkpoint does not fit: {full_name}.")
+        # AdamW counts steps on the CPU; the moments live beside their parameter.
+        optimizer.state[parameter][key] = (
+            value.clone() if key == "step" else value.to(parameter.device, copy=True)
+        )

@@ -1,0 +1,120 @@
+"""What a run is, and what may change when it goes on: the rules of the output folder and of ``--resume``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cogcache.cache.files import make_folder
+from cogcache.cache.format import Manifest, differences
+from cogcache.config import TrainConfig
+from cogcache.errors import CheckpointError, ConfigError, MismatchError
+from cogcache.lora import LORA_FILE_NAME
+from cogcache.models import resolve_model
+from cogcache.train.checkpoints import Checkpoint, find_checkpoint, list_checkpoints
+from cogcache.train.metrics import METRICS_FILE
+from cogcache.variants import Variant, read_variant
+
+__all__ = ["FREE_FIELDS", "check_resume", "claim_output", "output_folder", "resolve_base", "run_record"]
+
+FREE_FIELDS = frozenset(
+    {
+        "shards", "output", "model", "resume", "steps", "batch_size", "grad_accum", "checkpoint_every",
+        "keep_checkpoints", "log_every", "report_to", "workers", "device", "gradient_checkpointing",
+    }
+)  # fmt: skip
+"""Settings that may differ when a run goes on.
+
+Shards are compared by content, batch sizes by their product.
+"""
+
+
+def output_folder(config: TrainConfig) -> Path:
+    """Where the run writes: as given, or ``runs/<name of the shards>``."""
+    return config.output or Path("runs") / config.shards.resolve().name
+
+
+def resolve_base(config: TrainConfig, manifest: Manifest) -> tuple[Path, str, Variant]:
+    """The base model's folder, its id and its facts, which must be those the cache was made with.
+
+    Raises:
+        ModelError: if the model is not there.
+        MismatchError: if ``--model`` is of another kind than the cache's model.
+    """
+    name = config.model or manifest.model.id
+    root = resolve_model(name, ("transformer", "scheduler"))
+    variant = read_variant(root)
+    wrong = differences(manifest.model.variant.model_dump(), variant.model_dump())
+    if wrong:
+        raise MismatchError(
+            f"{name} is not the kind of model that {config.shards} was encoded for ({manifest.model.id}).",
+            wrong,
+            "Leave --model out, or encode again for this model.",
+        )
+    return root, str(root.resolve()) if Path(name).expanduser().is_dir() else name, variant
+
+
+def run_record(config: TrainConfig, manifest: Manifest, processes: int) -> dict[str, Any]:
+    """Everything that decides the numbers of a run, flat."""
+    settings = config.model_dump(mode="json", exclude=set(FREE_FIELDS))
+    return {
+        **settings,
+        "global_batch": config.batch_size * config.grad_accum * processes,
+        "shards_fingerprint": manifest.fingerprint(),
+    }
+
+
+def check_resume(checkpoint: Checkpoint, run: Mapping[str, Any], config: TrainConfig) -> None:
+    """Refuse a checkpoint of another run, field by field.
+
+    Raises:
+        MismatchError: naming each field that differs.
+        CheckpointError: if the checkpoint is already past ``--steps``.
+    """
+    wrong = differences(checkpoint.state.run, json.loads(json.dumps(run)))
+    if wrong:
+        raise MismatchError(
+            f"the checkpoint of step {checkpoint.state.step} is of another run.",
+            wrong,
+            "Give the settings it was made with, or start anew in another --output.",
+        )
+    if checkpoint.state.step > config.steps:
+        raise CheckpointError(
+            f"the checkpoint is at step {checkpoint.state.step}, past --steps {config.steps}.",
+            "Raise --steps, or resume from an earlier checkpoint.",
+        )
+
+
+def claim_output(config: TrainConfig) -> tuple[Path, Checkpoint | None]:
+    """Prepare the output folder and find the checkpoint to go on from.
+
+    A folder that already holds a run is never written over: without ``--resume`` it is refused. ``--resume
+    latest`` where no checkpoint exists yet starts from the beginning (the caller says so loudly), so that one
+    command can be repeated until the run is done; a *named* checkpoint that is missing is an error.
+
+    Raises:
+        ConfigError: if the folder holds another run, or a finished LoRA and no checkpoint.
+        CheckpointError: if the checkpoint is missing or damaged.
+    """
+    output = output_folder(config)
+    if config.resume is None:
+        _refuse_used(output)
+    checkpoint = find_checkpoint(output, config.resume) if config.resume else None
+    if checkpoint is None and (output / LORA_FILE_NAME).exists():
+        raise ConfigError(
+            f"{output} holds a finished LoRA and no checkpoint to go on from.", "Choose another --output."
+        )
+    make_folder(output)
+    return output, checkpoint
+
+
+def _refuse_used(output: Path) -> None:
+    traces = [output / LORA_FILE_NAME, output / METRICS_FILE, *list_checkpoints(output)]
+    found = [path.name for path in traces if path.exists()]
+    if found:
+        raise ConfigError(
+            f"{output} already holds a run ({', '.join(found)}).",
+            "Add --resume latest to go on with it, or choose another --output.",
+        )

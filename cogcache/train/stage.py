@@ -1,0 +1,88 @@
+"""The train command: shards in, LoRA out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogcache.cache.reader import CacheReader
+from cogcache.config import TrainConfig
+from cogcache.config_io import save_config
+from cogcache.lora import LORA_FILE_NAME
+from cogcache.progress import say
+from cogcache.train.checkpoints import Checkpoint
+from cogcache.train.data import Samples
+from cogcache.train.devices import open_accelerator, set_matmul_precision
+from cogcache.train.loop import Trainer
+from cogcache.train.model import LoraFile, add_lora, base_dtype, load_scheduler, load_transformer
+from cogcache.train.run import check_resume, claim_output, resolve_base, run_record
+
+__all__ = ["TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run made. ``loss`` is that of its last step, None if all steps were already done."""
+
+    lora: Path
+    output: Path
+    steps: int
+    loss: float | None
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train a LoRA on a cache and write it, with metrics and checkpoints, to the output folder.
+
+    The result is a function of the settings, the cache and the base model alone: stopping and resuming at any
+    step changes nothing (bit for bit on the CPU).
+
+    Raises:
+        CogcacheError: one of its kinds, for everything that can be wrong with settings, cache, model or disk.
+        StoppedError: after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    reader = CacheReader(config.shards)
+    root, model_id, variant = resolve_base(config, reader.manifest)
+    samples = Samples(reader, variant, config)
+    dtype = base_dtype(root, config.dtype)
+    accelerator = open_accelerator(config)
+    run = run_record(config, reader.manifest, accelerator.num_processes)
+    output, checkpoint = claim_output(config)
+    if checkpoint:
+        check_resume(checkpoint, run, config)
+    accelerator.wait_for_everyone()  # nobody writes before all have looked at the folder
+
+    transformer = load_transformer(root, dtype)
+    add_lora(transformer, config)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    set_matmul_precision(accelerator.device, dtype)
+    trainer = Trainer(
+        config,
+        accelerator,
+        transformer.to(accelerator.device),
+        load_scheduler(root),
+        samples,
+        dtype=dtype,
+        output=output,
+        run=run,
+        lora_file=LoraFile(model_id, variant, reader.manifest.fingerprint(), samples.records),
+    )
+    if checkpoint:
+        trainer.restore(checkpoint)
+    if accelerator.is_main_process:
+        _announce(config, output, checkpoint)
+        save_config(config.model_copy(update={"output": output}), output / "config.yaml")
+    loss = trainer.train()
+    if accelerator.is_main_process:
+        trainer.write_lora(output / LORA_FILE_NAME)
+    accelerator.wait_for_everyone()
+    return TrainResult(output / LORA_FILE_NAME, output, config.steps, loss)
+
+
+def _announce(config: TrainConfig, output: Path, checkpoint: Checkpoint | None) -> None:
+    if checkpoint:
+        say(f"Going on after step {checkpoint.state.step} of {config.steps}, in {output}.")
+    elif config.resume:
+        say(f"NOTICE: {output} holds no checkpoint yet; starting from the beginning.")
+    else:
+        say(f"Training {config.steps} steps into {output}.")
