@@ -181,10 +181,8 @@ class Trainer:
             names = ", ".join(f"{record.id} ({record.source})" for record in bad)
             raise NonFiniteError(
                 f"the loss of step {plan.number} is not a number, for sample {names}.",
-
-
-                "Nothing was updated. Resume from the last checkpoint with a lower --lr,
-                or look at that clip.",
+                "Nothing was updated. Resume from the last checkpoint with a lower --lr, "
+                "or look at that clip.",
             )
 
     def _update(self, plan: StepPlan, lr: float) -> float:
