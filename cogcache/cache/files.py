@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -46,13 +46,13 @@ _TROUBLE = {
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn any :class:`OSError` inside into a :class:`StorageError` about ``path``, with a hint."""
+def storage_errors(path: Path, verb: str = "written") -> Iterator[None]:
+    """Turn any :class:`OSError` inside into a :class:`StorageError`: ``path`` cannot be ``verb``, and why."""
     try:
         yield
     except OSError as error:
         reason, hint = _TROUBLE.get(error.errno or 0, (error.strerror or str(error), _AGAIN))
-        raise StorageError(f"{path} cannot be written: {reason}.", hint) from error
+        raise StorageError(f"{path} cannot be {verb}: {reason}.", hint) from error
 
 
 def make_folder(path: Path) -> None:
@@ -207,8 +207,9 @@ class FileLock:
             os.close(self._fd)
             self._fd = -1
 
-    def __del__(self) -> None:
-        self.release()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self._fd >= 0:
+            close(self._fd)
 
     def __enter__(self) -> FileLock:
         return self

@@ -87,23 +87,24 @@ def parse_index(data: bytes) -> ShardIndex:
 
 
 def _entry(value: Any, limit: int) -> tuple[str, Members]:
-    if not isinstance(value, dict) or value.keys() != {"key", "members"}:
-        raise ValueError("a line is not an entry")
-    if not isinstance(value["members"], list):
-        raise ValueError("a line has no list of members")
-    key = check_key(value["key"])
-    return key, tuple(_member(member, key, limit) for member in value["members"])
+    try:
+        if len(value) != 2:
+            raise ValueError("a line has more than a key and members")
+        key = check_key(value["key"])
+        return key, tuple([_member(member, key, limit) for member in value["members"]])
+    except (KeyError, TypeError, IndexError):
+        raise ValueError("a line is not an entry") from None
 
 
 def _member(value: Any, key: str, limit: int) -> tuple[str, int, int, int]:
-    if not isinstance(value, dict) or value.keys() != {"name", "offset", "size", "crc32"}:
-        raise ValueError("a line has a wrong member")
-    name, offset, size = value["name"], _count(value["offset"]), _count(value["size"])
-    if not isinstance(name, str) or not name.startswith(f"{key}."):
+    name, offset, size, crc32 = value["name"], value["offset"], value["size"], value["crc32"]
+    if len(value) != 4 or not type(offset) is type(size) is type(crc32) is int:
+        raise ValueError(f"entry {key} has a wrong member")
+    if type(name) is not str or not name.startswith(key):
         raise ValueError(f"entry {key} has a member of another name")
-    if offset + size > limit:
-        raise ValueError(f"entry {key} lies beyond the end of its shard")
-    return name, offset, size, _count(value["crc32"])
+    if min(offset, size, crc32) < 0 or offset + size > limit:
+        raise ValueError(f"entry {key} lies outside its shard")
+    return name, offset, size, crc32
 
 
 def _count(value: Any) -> int:

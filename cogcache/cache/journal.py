@@ -36,7 +36,8 @@ class Journal:
         Raises:
             StorageError: if it cannot be written.
         """
-        append_line(self.path, seal_line({"event": event, "time": round(time.time(), 3), **fields}))
+        known = {name: _text(value) if isinstance(value, str) else value for name, value in fields.items()}
+        append_line(self.path, seal_line({"event": event, "time": round(time.time(), 3), **known}))
 
     def read(self) -> Iterator[dict[str, Any]]:
         """All whole events, oldest first."""
@@ -58,3 +59,8 @@ class Journal:
             for e in self.read()
             if e.get("event") == "failed"
         }
+
+
+def _text(value: str) -> str:
+    """``value`` as UTF-8 can hold it: file names may not be."""
+    return value.encode("utf-8", "backslashreplace").decode()

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from cogcache.cache.backend import ShardReader
+from cogcache.cache.files import storage_errors
 from cogcache.cache.folder import SERIES
 from cogcache.cache.format import (
     FAILURES_FILE,
@@ -44,15 +45,18 @@ class CacheReader:
     Raises:
         CacheError: if there is no cache, or it is not finished.
         DamagedCacheError: if bytes on disk are not those that were committed.
+        StorageError: if the disk or its permissions forbid reading.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
-        self._open()
-        handles = Handles()
-        self._entries = {
-            name: self._open_series(name, series, handles) for name, series in self.manifest.series.items()
-        }
+        with storage_errors(self.root, "read"):
+            self._open()
+            handles = Handles()
+            self._entries = {
+                name: self._open_series(name, series, handles)
+                for name, series in self.manifest.series.items()
+            }
         self._check_references()
 
     def _open(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -205,13 +204,12 @@ class TarShardReader:
             DamagedCacheError: if it is not the one that was committed.
         """
         known, offset = hashlib.sha256(), 0
-        size = os.stat(self._path).st_size  # noqa: PTH116
-        while size == self._bytes and offset < size:
-            data = self._handles.pread(self._path, offset, min(_CHUNK, size - offset))
-            if not data:
-                break
-            known.update(data)
-            offset += len(data)
+        try:
+            while data := self._handles.pread(self._path, offset, _CHUNK):
+                known.update(data)
+                offset += len(data)
+        except OSError as error:
+            raise self._damaged(f"it cannot be read: {error.strerror}") from error
         if known.hexdigest() != self._sha256:
             raise self._damaged("its bytes are not those that were committed")
 

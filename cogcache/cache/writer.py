@@ -17,13 +17,13 @@ A kill at any moment costs at most the entry in the making. ``shards/README.md``
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
 from cogcache.cache import tables
-from cogcache.cache.files import FileLock, make_folder
+from cogcache.cache.files import FileLock, make_folder, storage_errors
 from cogcache.cache.folder import SeriesFolder
 from cogcache.cache.format import (
     IMAGES,
@@ -78,7 +78,7 @@ class CacheWriter:
         with _cache_lock(root):
             return cls(root, admit(root, identity))
 
-    def _lock(self) -> FileLock:
+    def _lock(self) -> AbstractContextManager[None]:
         return _cache_lock(self.root)
 
     def _folder(self, series: str) -> SeriesFolder:
@@ -145,7 +145,7 @@ class CacheWriter:
                     break
             else:
                 return None
-        with ExitStack() as undo:
+        with storage_errors(folder.path), ExitStack() as undo:
             undo.callback(claim.release)
             job = ShardJob(name, folder, wanted, claim, self._lock, self.journal)
             undo.pop_all()
@@ -230,7 +230,13 @@ class CacheWriter:
                 )
 
 
-def _cache_lock(root: Path) -> FileLock:
-    lock = FileLock.acquire(root / _LOCK_FILE, wait=True)
-    assert lock is not None
-    return lock
+@contextmanager
+def _cache_lock(root: Path) -> Iterator[None]:
+    """Keep all others out of the cache; whatever the disk refuses inside becomes a :class:`StorageError`."""
+    with storage_errors(root):
+        lock = FileLock.acquire(root / _LOCK_FILE, wait=True)
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.release()
