@@ -6,6 +6,7 @@ non-finite; 130 or 143 stopped by Ctrl-C or SIGTERM, go on with the same command
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -86,7 +87,8 @@ app.command("train")(
         """Train a LoRA on shards. Loads the transformer only: no VAE, no T5, no video.
 
         Example:  cogcache train --shards shards/clips --rank 128 --alpha 64 --steps 500
-        Go on after a stop:  add --resume latest
+
+        Go on after a stop:  the same command with --resume latest
         """,
     )
 )
@@ -130,6 +132,13 @@ def _demo(
     run_demo(output, family, steps)
 
 
+class _Unneeded(logging.Filter):
+    """DeepSpeed warns of a missing accelerator whenever it is imported, even where nobody asked for one."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "Setting accelerator to CPU" not in record.getMessage()
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit the process with its code."""
     sys.exit(run(args))
@@ -137,6 +146,7 @@ def main(args: list[str] | None = None) -> None:
 
 def run(args: list[str] | None = None) -> int:
     """Run the command line; turn every error of the project into one clear message and an exit code."""
+    logging.getLogger("DeepSpeed").addFilter(_Unneeded())
     try:
         result = app(args=args, standalone_mode=False)
     except CogcacheError as error:

@@ -20,7 +20,7 @@ DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 
 def setting(default: Any, description: str, *, panel: str = "", **limits: Any) -> Any:
     """A pydantic field that also knows its ``--help`` panel."""
-    extra = {"panel": panel}
+    extra: dict[str, Any] = {"panel": panel}
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
@@ -47,7 +47,9 @@ class EncodeConfig(CommandConfig):
     """Settings of ``cogcache encode``."""
 
     data_root: Path = setting(..., "Folder with the clips and their captions.", panel=_DATA)
-    model: str = setting(..., "CogVideoX checkpoint: a local folder in diffusers layout, or a hub id.", panel=_DATA)
+    model: str = setting(
+        ..., "CogVideoX checkpoint: a local folder in diffusers layout, or a hub id.", panel=_DATA
+    )
     shards: Path | None = setting(
         None, "Folder for the cache. Default: shards/<name of the data root>.", panel=_CACHE
     )
@@ -76,26 +78,34 @@ class EncodeConfig(CommandConfig):
         "start", "Where in a longer video the clip is taken.", panel=_FRAMES
     )
     windows: int = setting(
-        1, "Clips taken from each video, spread evenly over it; more than 1 overrides --window.",
-        panel=_FRAMES, ge=1,
+        1,
+        "Clips taken from each video, spread evenly over it; more than 1 overrides --window.",
+        panel=_FRAMES,
+        ge=1,
     )
     short: Literal["fail", "pad"] = setting(
         "fail", "A video with too few frames fails, or is padded with its last frame.", panel=_FRAMES
     )
     fit: Literal["cover", "pad", "stretch"] = setting(
-        "cover", "cover: fill and crop the centre; pad: show all, black bars; stretch: distort.", panel=_FRAMES
+        "cover",
+        "cover: fill and crop the centre; pad: show all, black bars; stretch: distort.",
+        panel=_FRAMES,
     )
     interpolation: Literal["bicubic", "bilinear"] = setting(
         "bicubic", "Resampling filter (antialiased).", panel=_FRAMES
     )
     reader: Literal["auto", "decord", "pyav"] = setting(
-        "auto", "Video reader; auto picks decord where it is known to be right, PyAV elsewhere.", panel=_FRAMES
+        "auto",
+        "Video reader; auto picks decord where it is known to be right, PyAV elsewhere.",
+        panel=_FRAMES,
     )
     vae_dtype: DtypeChoice = setting(
         "auto", "Precision of the VAE and of stored latents; auto is that of its weights.", panel=_ENCODER
     )
     text_dtype: DtypeChoice = setting(
-        "auto", "Precision of the T5 encoder and of stored embeddings; auto is that of its weights.", panel=_ENCODER
+        "auto",
+        "Precision of the T5 encoder and of stored embeddings; auto is that of its weights.",
+        panel=_ENCODER,
     )
     tiling: Literal["auto", "on", "off"] = setting(
         "auto",
@@ -133,7 +143,9 @@ class TrainConfig(CommandConfig):
     model: str | None = setting(
         None, "Checkpoint, local folder or hub id. Default: the one the cache was made for.", panel=_RUN
     )
-    seed: int = setting(42, "Decides every draw: order, noise, timesteps, posterior, dropout.", panel=_RUN, ge=0)
+    seed: int = setting(
+        42, "Decides every draw: order, noise, timesteps, posterior, dropout.", panel=_RUN, ge=0
+    )
     steps: int = setting(500, "Optimizer steps.", panel=_OPTIM, ge=1)
     batch_size: int = setting(1, "Samples in one forward pass, per process.", panel=_OPTIM, ge=1)
     grad_accum: int = setting(1, "Forward passes per optimizer step.", panel=_OPTIM, ge=1)
@@ -146,31 +158,55 @@ class TrainConfig(CommandConfig):
     beta2: float = setting(0.95, "AdamW beta2.", panel=_OPTIM, ge=0, lt=1)
     eps: float = setting(1e-8, "AdamW epsilon.", panel=_OPTIM, gt=0)
     weight_decay: float = setting(1e-4, "AdamW weight decay.", panel=_OPTIM, ge=0)
-    max_grad_norm: float = setting(1.0, "Clip the gradient norm once per optimizer step; 0 is off.", panel=_OPTIM, ge=0)
+    max_grad_norm: float = setting(
+        1.0, "Clip the gradient norm once per optimizer step; 0 is off.", panel=_OPTIM, ge=0
+    )
     caption_dropout: float = setting(
-        0.0, "Probability that a sample's caption is the empty one, drawn anew each epoch "
-        "(CogVideoX was pretrained with 0.1).", panel=_OPTIM, ge=0, le=1,
+        0.0,
+        "Probability that a sample's caption is the empty one, drawn anew each epoch "
+        "(CogVideoX was pretrained with 0.1).",
+        panel=_OPTIM,
+        ge=0,
+        le=1,
     )
     image_dropout: float = setting(
-        0.05, "Image-to-video only: probability that a sample's first-frame condition is zero, drawn anew each epoch.",
-        panel=_OPTIM, ge=0, le=1,
+        0.05,
+        "Image-to-video only: probability that a sample's first-frame condition is zero, drawn anew each epoch.",
+        panel=_OPTIM,
+        ge=0,
+        le=1,
     )
     rank: int = setting(128, "LoRA rank.", panel=_LORA, ge=1)
     alpha: float = setting(64.0, "LoRA alpha; the trained strength is alpha / rank.", panel=_LORA, gt=0)
     lora_dropout: float = setting(0.0, "Dropout before lora_A.", panel=_LORA, ge=0, lt=1)
     target_modules: Annotated[list[str], Field(min_length=1)] = setting(
-        ["to_q", "to_k", "to_v", "to_out.0"], "Layers that get a LoRA, by name ending. Repeat the flag.", panel=_LORA
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        "Layers that get a LoRA, by name ending. Repeat the flag.",
+        panel=_LORA,
     )
     gradient_checkpointing: bool = setting(
-        True, "Recompute blocks in the backward pass: far less memory, about a third more time.", panel=_DEVICE
+        True,
+        "Recompute blocks in the backward pass: far less memory, about a third more time.",
+        panel=_DEVICE,
     )
     dtype: DtypeChoice = setting(
-        "auto", "Precision of the frozen base; auto is that of its weights. The LoRA is always float32.", panel=_DEVICE
+        "auto",
+        "Precision of the frozen base; auto is that of its weights. The LoRA is always float32.",
+        panel=_DEVICE,
     )
-    device: str = setting("auto", "auto, cpu or cuda. Under 'accelerate launch' each process takes its own.", panel=_DEVICE)
-    workers: int = setting(1, "Threads that read and prepare batches ahead; 0 reads when needed. Results do not depend on it.", panel=_DEVICE, ge=0)
+    device: str = setting(
+        "auto", "auto, cpu or cuda. Under 'accelerate launch' each process takes its own.", panel=_DEVICE
+    )
+    workers: int = setting(
+        1,
+        "Threads that read and prepare batches ahead; 0 reads when needed. Results do not depend on it.",
+        panel=_DEVICE,
+        ge=0,
+    )
     checkpoint_every: int = setting(100, "Optimizer steps between checkpoints; 0 is none.", panel=_CKPT, ge=0)
-    keep_checkpoints: int = setting(3, "Checkpoints kept; the oldest are deleted. 0 keeps all.", panel=_CKPT, ge=0)
+    keep_checkpoints: int = setting(
+        3, "Checkpoints kept; the oldest are deleted. 0 keeps all.", panel=_CKPT, ge=0
+    )
     resume: str | None = setting(
         None, "Go on from a checkpoint folder, or from the 'latest' in the output folder.", panel=_CKPT
     )
@@ -183,7 +219,9 @@ class TrainConfig(CommandConfig):
 class InferConfig(CommandConfig):
     """Settings of ``cogcache infer``."""
 
-    lora: Path | None = setting(None, "LoRA file (.safetensors). Without it the base model generates.", panel=_RUN)
+    lora: Path | None = setting(
+        None, "LoRA file (.safetensors). Without it the base model generates.", panel=_RUN
+    )
     model: str | None = setting(
         None, "Checkpoint, local folder or hub id. Default: the one the LoRA was trained on.", panel=_RUN
     )
@@ -191,28 +229,45 @@ class InferConfig(CommandConfig):
     prompts_file: Path | None = setting(None, "Text file with one prompt a line.", panel=_VIDEO)
     negative_prompt: str = setting("", "What the video should not show.", panel=_VIDEO)
     output: Path = setting(
-        Path("output.mp4"), "Video file; with several prompts -000, -001... is added to its name.", panel=_VIDEO
+        Path("output.mp4"),
+        "Video file; with several prompts -000, -001... is added to its name.",
+        panel=_VIDEO,
     )
-    frames: int | None = setting(None, "Frames, 8N+1. Default: as trained, else the model's own.", panel=_VIDEO, ge=1)
+    frames: int | None = setting(
+        None, "Frames, 8N+1. Default: as trained, else the model's own.", panel=_VIDEO, ge=1
+    )
     size: str | None = setting(
         None, "Picture size, HEIGHTxWIDTH in pixels. Default: as trained, else the model's own.", panel=_VIDEO
     )
     fps: float | None = setting(
-        None, "Frames per second of the file. Default: as trained, else 8 for 1.0 and 16 for 1.5.", panel=_VIDEO, gt=0
+        None,
+        "Frames per second of the file. Default: as trained, else 8 for 1.0 and 16 for 1.5.",
+        panel=_VIDEO,
+        gt=0,
     )
     steps: int = setting(50, "Denoising steps.", panel=_SAMPLING, ge=1)
     guidance: float = setting(6.0, "Classifier-free guidance scale; 1 is off.", panel=_SAMPLING, ge=1)
-    seed: int = setting(42, "Seed of the starting noise; prompt number N uses seed + N.", panel=_SAMPLING, ge=0)
+    seed: int = setting(
+        42, "Seed of the starting noise; prompt number N uses seed + N.", panel=_SAMPLING, ge=0
+    )
     scheduler: Literal["auto", "ddim", "dpm"] = setting(
         "auto", "Sampler; auto is the one in the checkpoint.", panel=_SAMPLING
     )
-    lora_scale: float = setting(1.0, "Strength of the LoRA; 1 is as trained, 0 is the base model.", panel=_SAMPLING)
-    fuse: bool = setting(False, "Merge the LoRA into the weights before sampling: a little faster.", panel=_SAMPLING)
+    lora_scale: float = setting(
+        1.0, "Strength of the LoRA; 1 is as trained, 0 is the base model.", panel=_SAMPLING
+    )
+    fuse: bool = setting(
+        False, "Merge the LoRA into the weights before sampling: a little faster.", panel=_SAMPLING
+    )
     offload: Literal["none", "model", "sequential"] = setting(
-        "none", "Keep modules on the CPU until needed: model (less memory) or sequential (least, slow).", panel=_DEVICE
+        "none",
+        "Keep modules on the CPU until needed: model (less memory) or sequential (least, slow).",
+        panel=_DEVICE,
     )
     tiling: bool = setting(True, "Decode in tiles: far less memory.", panel=_DEVICE)
-    dtype: DtypeChoice = setting("auto", "Precision; auto is that of the transformer's weights.", panel=_DEVICE)
+    dtype: DtypeChoice = setting(
+        "auto", "Precision; auto is that of the transformer's weights.", panel=_DEVICE
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.", panel=_DEVICE)
 
     @model_validator(mode="after")

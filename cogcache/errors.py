@@ -17,7 +17,7 @@
     ├── CheckpointError           a checkpoint to resume from is missing, damaged or of another run
     ├── NonFiniteError            the loss stopped being a number (exit code 4)
     └── StoppedError              stopped by a signal, state saved (exit code 130 or 143)
-    PartialFailure                exit code 3: the run finished, but some clips failed
+    PartialFailureError           exit code 3: the run finished, but some clips failed
 
 Only the command line turns these into exit codes; everything below it raises.
 """
@@ -38,7 +38,7 @@ __all__ = [
     "MismatchError",
     "ModelError",
     "NonFiniteError",
-    "PartialFailure",
+    "PartialFailureError",
     "StoppedError",
     "StorageError",
     "TooShortError",
@@ -150,7 +150,7 @@ class StoppedError(CogcacheError):
         self.exit_code = 128 + signal_number
 
 
-class PartialFailure(CogcacheError):
+class PartialFailureError(CogcacheError):
     """The run finished and all that is good is committed, but some clips failed."""
 
     exit_code = 3

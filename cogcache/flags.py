@@ -37,8 +37,14 @@ def config_command(kind: type[Config], run: Callable[[Config], None], doc: str) 
     parameters.append(_config_parameter())
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__doc__ = doc
+    command.__doc__ = _unwrapped(doc)
     return command
+
+
+def _unwrapped(doc: str) -> str:
+    """Paragraphs as single lines, so that the terminal's width breaks them, not the source's."""
+    paragraphs = inspect.cleandoc(doc).split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split("\n")) for paragraph in paragraphs)
 
 
 def _config_parameter() -> inspect.Parameter:

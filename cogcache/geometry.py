@@ -73,9 +73,7 @@ def check_size(size: Size, multiple: int) -> Size:
     """
     if size.height % multiple == 0 and size.width % multiple == 0:
         return size
-    near = Size(
-        *(max(multiple, round(n / multiple) * multiple) for n in (size.height, size.width))
-    )
+    near = Size(*(max(multiple, round(n / multiple) * multiple) for n in (size.height, size.width)))
     raise GeometryError(
         f"{size} cannot be encoded: height and width must be multiples of {multiple}.",
         f"The nearest is {near}.",

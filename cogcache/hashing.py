@@ -42,7 +42,9 @@ def weights_sha256(folder: Path) -> str:
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ModelError(f"{folder} has no .safetensors weights.", "Pickled weights (.bin, .pt) are never loaded.")
+        raise ModelError(
+            f"{folder} has no .safetensors weights.", "Pickled weights (.bin, .pt) are never loaded."
+        )
     total = hashlib.sha256()
     for file in files:
         total.update(f"{file.name}\0{file_sha256(file)}\n".encode())
@@ -62,7 +64,9 @@ def _memory() -> Iterator[sqlite3.Connection]:
     base.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(base / "hashes.sqlite", timeout=10)
     try:
-        connection.execute("CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, stamp TEXT, sha256 TEXT)")
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, stamp TEXT, sha256 TEXT)"
+        )
         with connection:
             yield connection
     finally:

@@ -52,7 +52,8 @@ def _checked(root: Path, components: Sequence[Component]) -> Path:
     missing = [name for name in components if not (root / name).is_dir()]
     if missing:
         raise ModelError(
-            f"{root} has no folder {', '.join(missing)}.", "A CogVideoX checkpoint in diffusers layout is needed."
+            f"{root} has no folder {', '.join(missing)}.",
+            "A CogVideoX checkpoint in diffusers layout is needed.",
         )
     return root
 
@@ -79,7 +80,9 @@ def torch_dtype(name: str) -> torch.dtype:
     try:
         return dtypes[name]
     except KeyError:
-        raise ConfigError(f"{name!r} is not a usable precision.", f"Choose one of {', '.join(dtypes)}.") from None
+        raise ConfigError(
+            f"{name!r} is not a usable precision.", f"Choose one of {', '.join(dtypes)}."
+        ) from None
 
 
 def pick_device(name: str) -> torch.device:
@@ -100,5 +103,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"{name!r} is not a device.", "Give auto, cpu, cuda or cuda:N.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"there is no device {name!r} here.", f"{torch.cuda.device_count()} CUDA devices are.")
+        raise ConfigError(
+            f"there is no device {name!r} here.", f"{torch.cuda.device_count()} CUDA devices are."
+        )
     return device

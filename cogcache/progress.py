@@ -70,7 +70,9 @@ class Progress:
         return f"{rate:.2f} {self.unit}/s" if rate < 100 else f"{rate:.0f} {self.unit}/s"
 
     def _line(self) -> str:
-        return "  ".join(part for part in (f"{self.title}: {self.done}/{self.total}", self._rate(), self._note) if part)
+        return "  ".join(
+            part for part in (f"{self.title}: {self.done}/{self.total}", self._rate(), self._note) if part
+        )
 
 
 def _bar() -> RichProgress:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from cogcache.errors import GeometryError, ModelError
 from cogcache.geometry import Size, check_frames, check_size, latent_frames
 
-__all__ = ["Variant", "Positions", "Task", "read_config", "read_variant", "weights_dtype"]
+__all__ = ["Positions", "Task", "Variant", "read_config", "read_variant", "weights_dtype"]
 
 Positions = Literal["sincos", "rope", "rope+learned"]
 Task = Literal["t2v", "i2v"]
@@ -161,9 +161,7 @@ def read_variant(root: Path) -> Variant:
     scheduler = read_config(root, "scheduler/scheduler_config.json")
     _check_classes(root, transformer, vae, scheduler)
     try:
-        return Variant(
-            **_transformer_facts(transformer), **_vae_facts(vae), **_scheduler_facts(scheduler)
-        )
+        return Variant(**_transformer_facts(transformer), **_vae_facts(vae), **_scheduler_facts(scheduler))
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{root} has an incomplete CogVideoX config: {error}") from None
 

@@ -57,7 +57,9 @@ def run_demo(output: Path, family: Family, steps: int = 60) -> DemoResult:
     lora = _timed(result, "train", lambda: _train(output, shards, steps))
     videos = _timed(result, "infer", lambda: _infer(output, lora, prompt))
     result.made |= {"model": model, "encode": shards, "train": lora, "infer": videos[0]}
-    result.made["picture"] = _timed(result, "picture", lambda: _picture(output, lora, videos[0], family, prompt))
+    result.made["picture"] = _timed(
+        result, "picture", lambda: _picture(output, lora, videos[0], family, prompt)
+    )
     _tell(result)
     return result
 
@@ -74,7 +76,9 @@ def _check_family(output: Path, family: Family) -> None:
     if mark.is_file():
         found = json.loads(mark.read_text("utf-8"))
         if found != family:
-            raise ConfigError(f"{output} holds a demo of family {found}.", "Give another --output, or delete it.")
+            raise ConfigError(
+                f"{output} holds a demo of family {found}.", "Give another --output, or delete it."
+            )
     mark.write_text(json.dumps(family), "utf-8")
 
 

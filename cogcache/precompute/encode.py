@@ -19,7 +19,7 @@ from cogcache.cache.format import LATENTS, TEXT, FailureRecord, Manifest
 from cogcache.cache.writer import CacheWriter
 from cogcache.config import EncodeConfig
 from cogcache.config_io import save_config
-from cogcache.errors import PartialFailure
+from cogcache.errors import PartialFailureError
 from cogcache.models import torch_dtype
 from cogcache.precompute.clips import ClipWork, plan_clips, text_key
 from cogcache.precompute.datasets import find_clips
@@ -50,13 +50,13 @@ def encode(config: EncodeConfig) -> EncodeResult:
     """Run ``cogcache encode`` and tell the user what was done.
 
     Raises:
-        PartialFailure: when all else is committed but some clips failed.
+        PartialFailureError: when all else is committed but some clips failed.
         CogcacheError: on bad input; nothing committed is ever lost.
     """
     result = encode_all(config)
     _summary(result)
     if result.failures:
-        raise PartialFailure(
+        raise PartialFailureError(
             f"{len(result.failures)} of {result.clips} clips failed; the others are committed.",
             f"Reasons are in {result.shards / 'failures.jsonl'}. The next run tries only these again.",
         )
@@ -73,9 +73,7 @@ def encode_all(config: EncodeConfig) -> EncodeResult:
     pictures = _latents(writer, clips, settings)
     captions = _text(writer, clips, settings)
     manifest, failures = _commit(writer, clips, settings)
-    return EncodeResult(
-        settings.shards, manifest, len(clips), pictures.encoded, captions.encoded, failures
-    )
+    return EncodeResult(settings.shards, manifest, len(clips), pictures.encoded, captions.encoded, failures)
 
 
 def _latents(writer: CacheWriter, clips: Sequence[ClipWork], settings: EncodeSettings) -> Tally:
@@ -85,7 +83,8 @@ def _latents(writer: CacheWriter, clips: Sequence[ClipWork], settings: EncodeSet
     keys = list(dict.fromkeys(clip.latents for clip in clips))
     writer.plan(LATENTS, keys, _per_shard(settings, entry_bytes))
     return _with_model(
-        lambda load: encode_latents(writer, by_key, load, settings.config.workers), lambda: _load_vae(settings)
+        lambda load: encode_latents(writer, by_key, load, settings.config.workers),
+        lambda: _load_vae(settings),
     )
 
 
@@ -98,7 +97,9 @@ def _load_vae(settings: EncodeSettings) -> FrozenVae:
 def _text(writer: CacheWriter, clips: Sequence[ClipWork], settings: EncodeSettings) -> Tally:
     # The empty caption is always there: caption dropout and classifier-free guidance use it.
     captions = {text_key(settings, ""): ""} | {clip.text: clip.item.caption for clip in clips}
-    entry_bytes = settings.variant.text_length * settings.variant.text_dim * torch_dtype(settings.text_dtype).itemsize
+    entry_bytes = (
+        settings.variant.text_length * settings.variant.text_dim * torch_dtype(settings.text_dtype).itemsize
+    )
     writer.plan(TEXT, list(captions), _per_shard(settings, entry_bytes))
     return _with_model(
         lambda load: encode_text(writer, captions, load, settings.config.text_batch_size),

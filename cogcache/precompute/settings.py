@@ -112,5 +112,5 @@ def _tiled(config: EncodeConfig, shards: Path, size: Size, dtype: str, device: t
             found = Identity.model_validate_json(identity.read_text("utf-8"))
         except (OSError, ValueError):
             return choose_tiling(config.tiling, size, dtype, device)  # opening the cache reports the damage
-        return found.series.get(LATENTS, {}).get("vae_tiling", "off") != "off"
+        return bool(found.series.get(LATENTS, {}).get("vae_tiling", "off") != "off")
     return choose_tiling(config.tiling, size, dtype, device)

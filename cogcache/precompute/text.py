@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, T5EncoderModel
 
 from cogcache.cache.format import Fingerprint
 from cogcache.errors import ModelError
@@ -42,6 +41,10 @@ class FrozenText:
     """
 
     def __init__(self, root: Path, dtype: str, length: int, device: torch.device) -> None:
+        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 root / "tokenizer", local_files_only=True, trust_remote_code=False
@@ -66,7 +69,8 @@ class FrozenText:
             add_special_tokens=True,
             return_tensors="pt",
         )
-        return self._model(tokens.input_ids.to(self._device))[0].cpu()
+        embeddings: torch.Tensor = self._model(tokens.input_ids.to(self._device))[0]
+        return embeddings.cpu()
 
     def too_long(self, captions: Sequence[str]) -> list[str]:
         """Captions that do not fit the token length and are cut, as the pipelines cut them."""

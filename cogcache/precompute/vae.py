@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX
 
 from cogcache.cache.format import Fingerprint, digest
 from cogcache.errors import GeometryError, ModelError
 from cogcache.geometry import Size
 from cogcache.hashing import weights_sha256
 from cogcache.models import torch_dtype
-from cogcache.variants import read_config, weights_dtype
+from cogcache.variants import read_config
 
-__all__ = ["FrozenVae", "choose_tiling", "vae_fingerprint"]
+__all__ = ["FrozenVae", "choose_tiling", "to_pixels", "vae_fingerprint"]
 
 # Peak of untiled bf16 encoding: 8.1 GiB at 480x720 whatever the frame count, since the encoder works through
 # 8 frames at a time. Measured on an H200 with diffusers 0.42.
@@ -63,6 +61,8 @@ class FrozenVae:
     """
 
     def __init__(self, root: Path, dtype: str, *, tiled: bool, device: torch.device) -> None:
+        from diffusers import AutoencoderKLCogVideoX
+
         try:
             vae = AutoencoderKLCogVideoX.from_pretrained(
                 root / "vae", torch_dtype=torch_dtype(dtype), use_safetensors=True, local_files_only=True
@@ -93,7 +93,8 @@ class FrozenVae:
         ):
             if _tiled_extent(length, tile, overlap) != length // 8:
                 raise GeometryError(
-                    f"{size} cannot be encoded in tiles of {tile} pixels: they do not add up.", "Use --tiling off."
+                    f"{size} cannot be encoded in tiles of {tile} pixels: they do not add up.",
+                    "Use --tiling off.",
                 )
 
     def _is_tiled(self, size: Size) -> bool:
@@ -116,7 +117,8 @@ class FrozenVae:
     def encode_pixels(self, pixels_bcfhw: torch.Tensor) -> torch.Tensor:
         """Encode pixels ``[B, 3, F, H, W]`` in -1..1 (float32) to moments as :meth:`encode` returns them."""
         inputs = pixels_bcfhw.to(self.device, self.dtype)
-        return self._vae.encode(inputs).latent_dist.parameters.cpu()
+        moments: torch.Tensor = self._vae.encode(inputs).latent_dist.parameters
+        return moments.cpu()
 
 
 def to_pixels(frames_bfhwc: torch.Tensor) -> torch.Tensor:
@@ -130,8 +132,3 @@ def _tiled_extent(length: int, tile: int, overlap: float) -> int:
     limit = latent_tile - int(latent_tile * overlap)
     step = int(tile * (1 - overlap))
     return sum(min(limit, min(tile, length - start) // 8) for start in range(0, length, step))
-
-
-def image_sha256(frame_hwc: torch.Tensor) -> str:
-    """Hex sha256 of one uint8 picture's pixels."""
-    return hashlib.sha256(frame_hwc.contiguous().numpy().tobytes()).hexdigest()

@@ -101,7 +101,7 @@ class Batch:
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """A batch with ``function`` applied to every tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: value if value is None else function(value) for name, value in values.items()})
+        return Batch(**{name: function(value) for name, value in values.items() if value is not None})
 
 
 class Samples:

@@ -28,10 +28,10 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 
     device = pick_device(config.device)
-    if device.index is not None:
+    if ":" in config.device:
         raise ConfigError(
             f"train takes --device auto, cpu or cuda, not {config.device}.",
-            f"Choose the GPU by CUDA_VISIBLE_DEVICES={device.index}.",
+            f"Choose the GPU by CUDA_VISIBLE_DEVICES={config.device.partition(':')[2]}.",
         )
     accelerator = Accelerator(
         cpu=device.type == "cpu",

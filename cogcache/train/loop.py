@@ -8,10 +8,8 @@ so the gradient does not depend on how the set was dealt.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,38 +19,20 @@ from torch import Tensor, nn
 from cogcache.config import TrainConfig
 from cogcache.draws import seed_for
 from cogcache.errors import NonFiniteError, StoppedError
-from cogcache.progress import Progress, say
+from cogcache.progress import say
 from cogcache.train.checkpoints import Checkpoint, TrainerState, prune_checkpoints, save_checkpoint
 from cogcache.train.data import Batch, Samples, StepPlan, read_ahead, step_plans
-from cogcache.train.metrics import Tracker, open_trackers
 from cogcache.train.model import LoraFile, load_lora_state, trainable
 from cogcache.train.objective import loss_per_sample
 from cogcache.train.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from cogcache.train.report import NoReport, Report, StepResult
 from cogcache.train.schedule import learning_rate
 from cogcache.train.signals import StopRequest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["StepResult", "Trainer"]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step gave.
-
-    ``losses`` by sample index, over all processes; ``stop`` is a signal's number, 0 for none.
-    """
-
-    losses: dict[int, float]
-    grad_norm: float
-    lr: float
-    stop: int
-
-    @property
-    def loss(self) -> float:
-        """Mean over the samples of the step."""
-        return math.fsum(self.losses.values()) / len(self.losses)
+__all__ = ["Trainer"]
 
 
 class Trainer:
@@ -111,16 +91,12 @@ class Trainer:
         loss = None
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
-            trackers = self._open_trackers(stack)
-            progress = self._open_progress(stack)
+            report = stack.enter_context(self._open_report())
             batches = stack.enter_context(closing(self._batches()))
-            started = time.perf_counter()
             for plan in self._plans():
                 result = self._step(plan, batches, stop)
                 self.done, loss = plan.number, result.loss
-                started = self._log(plan, result, trackers, started)
-                if progress:
-                    progress.advance(loss=f"{loss:.4f}", lr=f"{result.lr:.2e}")
+                report.step(plan, result)
                 if result.stop or self._checkpoint_due():
                     self.save()
                 if result.stop:
@@ -228,42 +204,10 @@ class Trainer:
         pin = self.device.type == "cuda"
         return read_ahead(lambda micro: self.samples.batch(micro, pin=pin), micros, self.config.workers)
 
-    def _open_trackers(self, stack: ExitStack) -> list[Tracker]:
+    def _open_report(self) -> Report | NoReport:
         if not self.accelerator.is_main_process:
-            return []
-        return [stack.enter_context(closing(t)) for t in open_trackers(self.config, self.output, self.done)]
-
-    def _open_progress(self, stack: ExitStack) -> Progress | None:
-        if not self.accelerator.is_main_process:
-            return None
-        return stack.enter_context(Progress("train", self.config.steps - self.done, "steps"))
-
-    def _log(self, plan: StepPlan, result: StepResult, trackers: list[Tracker], started: float) -> float:
-        """Report a step; returns the time at which the next one starts."""
-        now = time.perf_counter()
-        if plan.number % self.config.log_every == 0 or plan.number == self.config.steps:
-            values = self._values(plan, result, now - started)
-            for tracker in trackers:
-                tracker.log(plan.number, values)
-        return now
-
-    def _values(self, plan: StepPlan, result: StepResult, seconds: float) -> dict[str, Any]:
-        records = [self.samples.records[index] for index in result.losses]
-        values: dict[str, Any] = {
-            "epoch": plan.epoch,
-            "loss": result.loss,
-            "lr": result.lr,
-            "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
-            "seconds": seconds,
-            "samples_per_s": len(records) / seconds,
-        }
-        if self.device.type == "cuda":
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        values["samples"] = [
-            {"id": record.id, "t": self.samples.timestep(plan.epoch, record), "loss": loss}
-            for record, loss in zip(records, result.losses.values(), strict=True)
-        ]
-        return values
+            return NoReport()
+        return Report(self.config, self.output, self.samples, self.device, self.done)
 
     def _stopped(self, number: int) -> StoppedError:
         say(f"Stopped after step {self.done} of {self.config.steps}; checkpoint saved.")

@@ -50,7 +50,7 @@ def base_dtype(root: Path, choice: str) -> torch.dtype:
     return torch_dtype(name)
 
 
-def load_transformer(root: Path, dtype: torch.dtype) -> nn.Module:
+def load_transformer(root: Path, dtype: torch.dtype, *, gradient_checkpointing: bool = False) -> nn.Module:
     """Load the transformer alone, frozen, on the CPU.
 
     Raises:
@@ -72,6 +72,8 @@ def load_transformer(root: Path, dtype: torch.dtype) -> nn.Module:
     ) as error:  # OSError, ValueError, RuntimeError, SafetensorError: all mean the same to the user
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"the transformer in {root} cannot be loaded: {reason}") from error
+    if gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()  # the non-reentrant kind
     return transformer.requires_grad_(False).train()  # type: ignore[no-any-return]
 
 

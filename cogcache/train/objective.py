@@ -85,7 +85,7 @@ def loss_per_sample(
     dtype = dtype or model_dtype(transformer)
     hidden, extra = task_for(variant).model_input(noisy_bpchw, image_latents_bcfhw, variant, dtype)
     frames, height, width = clean_bpchw.shape[1], *clean_bpchw.shape[-2:]
-    prediction_bpchw = transformer(
+    prediction_bpchw: Tensor = transformer(
         hidden_states=hidden,
         encoder_hidden_states=prompt_embeds_bld.to(dtype),
         timestep=timesteps_b,
@@ -93,7 +93,8 @@ def loss_per_sample(
         return_dict=False,
         **extra,
     )[0]
-    return (prediction_bpchw.float() - target_bpchw).square().flatten(1).mean(1)
+    error_bpchw: Tensor = prediction_bpchw.float() - target_bpchw
+    return error_bpchw.square().flatten(1).mean(1)
 
 
 def _clean_latents(latents_bcfhw: Tensor, posterior_noise_bcfhw: Tensor | None, variant: Variant) -> Tensor:

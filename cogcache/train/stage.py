@@ -51,10 +51,8 @@ def train(config: TrainConfig) -> TrainResult:
         check_resume(checkpoint, run, config)
     accelerator.wait_for_everyone()  # nobody writes before all have looked at the folder
 
-    transformer = load_transformer(root, dtype)
+    transformer = load_transformer(root, dtype, gradient_checkpointing=config.gradient_checkpointing)
     add_lora(transformer, config)
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
     set_matmul_precision(accelerator.device, dtype)
     trainer = Trainer(
         config,

@@ -55,11 +55,15 @@ class Picked:
     repeated: int
 
 
-def frames_available(timestamps: Timestamps, duration_s: float, fps: float | None) -> int:
+def frames_available(timestamps: Timestamps, duration_s: float, tick_s: float, fps: float | None) -> int:
     """Frames that a whole video gives: its own (``fps`` None), or the points k / fps that lie within it."""
     if fps is None:
         return len(timestamps)
-    return max(1, math.ceil((duration_s - _EPSILON_S) * fps))
+    return max(1, math.ceil((duration_s - _tolerance_s(tick_s)) * fps))
+
+
+def _tolerance_s(tick_s: float) -> float:
+    return min(tick_s, _MAX_TOLERANCE_S) + _EPSILON_S
 
 
 def pick(
@@ -81,7 +85,7 @@ def pick(
         TooShortError: if the video holds fewer frames and ``short`` is ``fail``, or holds a single picture
             where more are asked for.
     """
-    available = frames_available(timestamps, duration_s, fps)
+    available = frames_available(timestamps, duration_s, tick_s, fps)
     if frames > 1 and len(timestamps) == 1:
         raise TooShortError(f"1 < {frames} frames")
     if available < frames and short == "fail":
@@ -92,7 +96,7 @@ def pick(
         indices = np.minimum(wanted, available - 1)
     else:
         begin_s = max(0.0, duration_s - frames / fps) * window.share()
-        times = begin_s + np.arange(frames) / fps + min(tick_s, _MAX_TOLERANCE_S) + _EPSILON_S
+        times = begin_s + np.arange(frames) / fps + _tolerance_s(tick_s)
         indices = np.searchsorted(timestamps, times, side="right") - 1
     padded = max(0, frames - available)
     own = indices[: frames - padded]

@@ -17,7 +17,7 @@ are decoded to the end, and their timestamps come from the frames.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -54,6 +54,7 @@ class Probe:
         keyframes: Indices at which decoding can begin; empty where unknown.
         orientation: How the stored picture is turned upright.
         streams: Number of video streams, cover pictures not counted.
+        leading: Whether pictures are decoded after a key frame but shown before it ("open GOP").
     """
 
     info: VideoInfo
@@ -62,6 +63,7 @@ class Probe:
     keyframes: tuple[int, ...]
     orientation: Orientation
     streams: int
+    leading: bool
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class _Timeline:
 
     pts: list[int | None]
     durations: list[int]
-    keyframes: list[int]
+    keyframes: list[int] = field(default_factory=list)
+    leading: bool = False
 
 
 def damaged(reason: str) -> VideoError:
@@ -120,8 +123,15 @@ def probe(path: Path) -> Probe:
     pts, timestamps, duration_s = _clock(timeline, first.tick, first.rate)
     frames = len(timestamps)
     info = replace(first.info, frames=frames, duration_s=duration_s, fps=frames / duration_s)
-    keyframes = tuple(timeline.keyframes)
-    return Probe(info, timestamps, pts if by_packets else None, keyframes, first.orientation, first.streams)
+    return Probe(
+        info=info,
+        timestamps=timestamps,
+        pts=pts if by_packets else None,
+        keyframes=tuple(timeline.keyframes),
+        orientation=first.orientation,
+        streams=first.streams,
+        leading=timeline.leading,
+    )
 
 
 @dataclass(frozen=True)
@@ -181,30 +191,37 @@ def _is_trusted(container: Any, stream: Any) -> bool:
 
 def _packet_timeline(path: Path) -> _Timeline | None:
     """The timeline from packets, without decoding; ``None`` if their timestamps cannot be used."""
-    packets, declared, seen = _packets(path)
-    if seen < declared:
+    packets, declared = _packets(path)
+    if len(packets) < declared:
         # An edit list may hide frames at the end; they are still there if all packets come without it.
-        _, _, seen = _packets(path, ignore_editlist="1")
-        if seen < declared:
-            raise damaged(f"{declared} frames declared, {seen} found")
-    if not packets or any(pts is None for pts, _, _ in packets):
+        found = len(_packets(path, ignore_editlist="1")[0])
+        if found < declared:
+            raise damaged(f"{declared} frames declared, {found} found")
+    if any(packet.pts is None for packet in packets):
         return None
-    start = next((pts for pts, _, key in packets if key), None)
+    start = next((packet.pts for packet in packets if packet.key), None)
     if start is None:
         return None
     # Frames shown before the first key frame lean on pictures that are not in the file.
-    packets = sorted(packet for packet in packets if packet[0] >= start)
-    pts = [packet[0] for packet in packets]
-    if len(set(pts)) < len(pts):
+    shown = sorted((p for p in packets if not p.hidden and p.pts >= start), key=lambda p: p.pts)
+    pts = [packet.pts for packet in shown]
+    if not pts or len(set(pts)) < len(pts):
         return None
-    keyframes = [n for n, (_, _, key) in enumerate(packets) if key]
-    return _Timeline(list(pts), [duration for _, duration, _ in packets], keyframes)
+    keyframes = [index for index, packet in enumerate(shown) if packet.key]
+    return _Timeline(list(pts), [p.duration for p in shown], keyframes, _has_leading(packets))
 
 
-def _packets(path: Path, **options: str) -> tuple[list[tuple[Any, int, bool]], int, int]:
-    """(pts, duration, is key frame) of each shown packet; frames declared; packets seen, hidden ones too."""
-    shown = []
-    seen = 0
+@dataclass(frozen=True)
+class _Packet:
+    pts: Any
+    duration: int
+    key: bool
+    hidden: bool
+
+
+def _packets(path: Path, **options: str) -> tuple[list[_Packet], int]:
+    """All packets in decoding order, and how many frames the container declares (0: it does not say)."""
+    packets: list[_Packet] = []
     with open_container(path, **options) as container:
         stream, _ = video_stream(container)
         try:
@@ -212,15 +229,25 @@ def _packets(path: Path, **options: str) -> tuple[list[tuple[Any, int, bool]], i
                 if packet.size == 0:
                     continue
                 if packet.is_corrupt:
-                    raise damaged(f"packet {seen} is cut short")
+                    raise damaged(f"packet {len(packets)} is cut short")
                 if not any(bytes(memoryview(packet)[:16])):
-                    raise damaged(f"packet {seen} holds only zeros")
-                seen += 1
-                if not packet.is_discard:
-                    shown.append((packet.pts, packet.duration or 0, packet.is_keyframe))
+                    raise damaged(f"packet {len(packets)} holds only zeros")
+                duration = packet.duration or 0
+                packets.append(_Packet(packet.pts, duration, packet.is_keyframe, packet.is_discard))
         except av.error.FFmpegError as error:
-            raise damaged(f"unreadable after packet {seen}: {error.strerror}") from None
-        return shown, stream.frames, seen
+            raise damaged(f"unreadable after packet {len(packets)}: {error.strerror}") from None
+        return packets, stream.frames
+
+
+def _has_leading(packets: list[_Packet]) -> bool:
+    """Whether pictures are decoded after a key frame but shown before it ("open GOP")."""
+    key_pts = None
+    for packet in packets:
+        if packet.key:
+            key_pts = packet.pts
+        elif key_pts is not None and packet.pts < key_pts:
+            return True
+    return False
 
 
 def decode_all(container: Any, stream: Any) -> Any:
@@ -247,7 +274,7 @@ def _frame_timeline(path: Path) -> _Timeline:
         frames = [(frame.pts, frame.duration or 0) for frame in decode_all(container, stream)]
     if not frames:
         raise damaged("no frame decodes")
-    return _Timeline([pts for pts, _ in frames], [duration for _, duration in frames], [])
+    return _Timeline([pts for pts, _ in frames], [duration for _, duration in frames])
 
 
 def _clock(timeline: _Timeline, tick: Fraction, rate: Fraction) -> tuple[tuple[int, ...], Timestamps, float]:

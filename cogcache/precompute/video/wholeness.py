@@ -27,14 +27,14 @@ def missing_bytes(path: Path) -> int:
         elif head[:4] == b"RIFF":
             promised = 8 + int.from_bytes(head[4:8], "little")
         elif head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp"):
-            promised = _media_data_end(stream, length)
+            promised = _media_end(stream, length)
         else:
             promised = 0
     return max(0, promised - length)
 
 
-def _media_data_end(stream: BinaryIO, length: int) -> int:
-    """End of the last ``mdat`` box; other boxes are not asked, since files may carry trailing junk."""
+def _media_end(stream: BinaryIO, length: int) -> int:
+    """End of the last box of media or index; others are not asked, since files may carry trailing junk."""
     position = end = 0
     while position + 8 <= length:
         stream.seek(position)
@@ -45,7 +45,7 @@ def _media_data_end(stream: BinaryIO, length: int) -> int:
         if size < 8:  # 0: to the end of the file
             break
         position += size
-        if head[4:8] == b"mdat":
+        if head[4:8] in (b"mdat", b"moov", b"moof"):
             end = position
     return end
 
