@@ -1,0 +1,89 @@
+"""Whether a LoRA belongs on a base model, decided from headers alone."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from cogcache.errors import LoraError, ModelError
+from cogcache.lora import LoraHeader
+from cogcache.tensorfile import read_tensor_header
+from cogcache.variants import Variant
+
+__all__ = ["check_lora_fits"]
+
+_log = logging.getLogger(__name__)
+
+# The facts that make another family. Default sizes and text length may differ between copies of one model.
+_FAMILY = (
+    "in_channels",
+    "latent_channels",
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "patch_size",
+    "patch_size_t",
+    "positions",
+    "ofs",
+    "text_dim",
+    "scaling_factor",
+    "invert_scale_latents",
+    "snr_shift_scale",
+)
+
+
+def check_lora_fits(lora: LoraHeader, variant: Variant, transformer: Path, model: str) -> None:
+    """Refuse a LoRA of another family, or whose matrices do not fit the transformer's layers.
+
+    Warns if the file does not say its alpha.
+
+    Raises:
+        LoraError: listing the facts that differ, or naming the first layer that does not fit.
+    """
+    if lora.variant:
+        _check_family(lora, lora.variant, variant, model)
+    _check_shapes(lora, _transformer_shapes(transformer), model)
+    if lora.alpha is None:
+        _log.warning(
+            "%s does not say its alpha; it is applied as alpha = rank = %d. If it was trained with another, "
+            "give --lora-scale alpha/rank.",
+            lora.path,
+            lora.rank,
+        )
+
+
+def _check_family(lora: LoraHeader, trained_on: Variant, variant: Variant, model: str) -> None:
+    pairs = {name: (getattr(trained_on, name), getattr(variant, name)) for name in _FAMILY}
+    differing = [f"{name} {was!r} is not {now!r}" for name, (was, now) in pairs.items() if was != now]
+    if differing:
+        raise LoraError(
+            f"{lora.path} was trained on another kind of model than {model}: {', '.join(differing)}.",
+            f"It was trained on {lora.base_model}." if lora.base_model else "",
+        )
+
+
+def _transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            shapes.update(read_tensor_header(file).shapes)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file} cannot be read: {error}.") from None
+    return shapes
+
+
+def _check_shapes(lora: LoraHeader, layers: dict[str, tuple[int, ...]], model: str) -> None:
+    """lora_A is [rank, in] and lora_B [out, rank], for a layer whose weight is [out, in]."""
+    for name, shape in lora.shapes.items():
+        layer, part = name.split(".lora_", 1)
+        axis = {"A.weight": 1, "B.weight": 0}.get(part)
+        if axis is None:
+            continue
+        weight = layers.get(f"{layer}.weight")
+        if weight is None:
+            raise LoraError(f"{lora.path} does not fit {model}, which has no layer {layer}.")
+        if len(shape) != 2 or shape[axis] != weight[axis]:
+            raise LoraError(
+                f"{lora.path} does not fit {model}: at {layer} its lora_{part[0]} is {list(shape)}, "
+                f"and the layer's weight {list(weight)}."
+            )

@@ -1,0 +1,54 @@
+"""Writing H.264 mp4 files that play everywhere."""
+
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cogcache.errors import StorageError
+
+__all__ = ["write_mp4"]
+
+_BT709, _LIMITED_RANGE = 1, 1  # code points of ITU-T H.273
+_CRF = "17"  # close to visually lossless
+
+
+def write_mp4(path: Path, frames: npt.NDArray[np.uint8], fps: float) -> None:
+    """Write RGB ``frames`` [F, H, W, 3], H and W even, as H.264 in yuv420p, BT.709.
+
+    The file appears complete or not at all; one that is there is replaced.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _encode(part, frames, fps)
+        part.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _encode(path: Path, frames: npt.NDArray[np.uint8], fps: float) -> None:
+    import av
+
+    height, width = frames.shape[1:3]
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": _CRF, "preset": "medium"}
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _LIMITED_RANGE
+        for picture in frames:
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
