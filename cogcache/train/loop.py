@@ -204,7 +204,7 @@ class Trainer:
         pin = self.device.type == "cuda"
         return read_ahead(lambda micro: self.samples.batch(micro, pin=pin), micros, self.config.workers)
 
-    def _open_report(self) -> Report | NoReport:
+    def _open_report(self) -> NoReport:
         if not self.accelerator.is_main_process:
             return NoReport()
         return Report(self.config, self.output, self.samples, self.device, self.done)
