@@ -15,6 +15,7 @@ Files are never unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -227,7 +228,8 @@ def _replace(path: Path, content: bytes) -> None:
             os.fsync(stream.fileno())
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

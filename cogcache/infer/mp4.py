@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -33,7 +34,8 @@ def write_mp4(path: Path, frames: npt.NDArray[np.uint8], fps: float) -> None:
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def _encode(path: Path, frames: npt.NDArray[np.uint8], fps: float) -> None:
