@@ -6,29 +6,96 @@ non-finite; 130 or 143 stopped by Ctrl-C or SIGTERM, go on with the same command
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+import typer.main
+from typer.core import TyperGroup
 
-from cogcache.config import EncodeConfig, InferConfig, TrainConfig
 from cogcache.errors import CogcacheError
-from cogcache.flags import config_command
+
+if TYPE_CHECKING:
+    import logging
+
+    from pydantic import BaseModel
 
 __all__ = ["app", "main"]
 
+Family = Literal["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"]
+
+
+def _config_commands() -> dict[str, tuple[type[BaseModel], Callable[[Any], None]]]:
+    """The commands whose flags are the fields of a config. Imported late, so that ``--help`` stays instant."""
+    from cogcache.config import EncodeConfig, InferConfig, TrainConfig
+
+    def encode(config: EncodeConfig) -> None:
+        from cogcache.precompute import encode
+
+        encode(config)
+
+    def train(config: TrainConfig) -> None:
+        from cogcache.train import train
+
+        train(config)
+
+    def infer(config: InferConfig) -> None:
+        from cogcache.infer import infer
+
+        infer(config)
+
+    return {"encode": (EncodeConfig, encode), "train": (TrainConfig, train), "infer": (InferConfig, infer)}
+
+
+_HELP = {
+    "encode": """Encode clips and captions once, into shards.
+
+        Runs the frozen VAE over the clips and T5 over the captions. Stop it at any moment: run
+        the same command again and only what is missing is done. Clips that cannot be read are listed with their
+        reasons at the end (exit code 3) and are tried again by the next run.
+
+        Example:  cogcache encode --data-root ./clips --model THUDM/CogVideoX-5b --frames 49 --size 480x720
+        """,
+    "train": """Train a LoRA on shards. Loads the transformer only: no VAE, no T5, no video.
+
+        Example:  cogcache train --shards shards/clips --rank 128 --alpha 64 --steps 500
+
+        Go on after a stop:  the same command with --resume latest
+        """,
+    "infer": """Generate video with the stock diffusers pipeline and a trained LoRA.
+
+        Example:  cogcache infer --lora runs/clips/pytorch_lora_weights.safetensors --prompt "A rabbit stretches"
+        """,
+}
+
+
+class _LateFlags(TyperGroup):
+    """Builds the flags of a command when it is called: listing the commands needs no config."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, _with_flags(name) if name in _HELP else command, rest
+
+
+def _with_flags(name: str) -> Any:
+    from cogcache.flags import config_command
+
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    alone.command(name)(config_command(*_config_commands()[name], _HELP[name]))
+    return typer.main.get_command(alone)
+
+
 app = typer.Typer(
     name="cogcache",
+    cls=_LateFlags,
     help="LoRA fine-tuning of CogVideoX with an offline cache: encode once, train lean, infer stock.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-Family = Literal["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"]
 
 
 def _version(wanted: bool) -> None:
@@ -48,60 +115,12 @@ def _root(
     _ = version
 
 
-def _encode(config: EncodeConfig) -> None:
-    from cogcache.precompute import encode
-
-    encode(config)
+def _later() -> None:
+    raise AssertionError("replaced when it is called")
 
 
-def _train(config: TrainConfig) -> None:
-    from cogcache.train import train
-
-    train(config)
-
-
-def _infer(config: InferConfig) -> None:
-    from cogcache.infer import infer
-
-    infer(config)
-
-
-app.command("encode")(
-    config_command(
-        EncodeConfig,
-        _encode,
-        """Encode clips and captions once, into shards.
-
-        Runs the frozen VAE over the clips and T5 over the captions. Stop it at any moment: run
-        the same command again and only what is missing is done. Clips that cannot be read are listed with their
-        reasons at the end (exit code 3) and are tried again by the next run.
-
-        Example:  cogcache encode --data-root ./clips --model THUDM/CogVideoX-5b --frames 49 --size 480x720
-        """,
-    )
-)
-app.command("train")(
-    config_command(
-        TrainConfig,
-        _train,
-        """Train a LoRA on shards. Loads the transformer only: no VAE, no T5, no video.
-
-        Example:  cogcache train --shards shards/clips --rank 128 --alpha 64 --steps 500
-
-        Go on after a stop:  the same command with --resume latest
-        """,
-    )
-)
-app.command("infer")(
-    config_command(
-        InferConfig,
-        _infer,
-        """Generate video with the stock diffusers pipeline and a trained LoRA.
-
-        Example:  cogcache infer --lora runs/clips/pytorch_lora_weights.safetensors --prompt "A rabbit stretches"
-        """,
-    )
-)
+for _name, _text in _HELP.items():
+    app.command(_name, help=_text)(_later)
 
 
 @app.command("tiny-model")
@@ -132,11 +151,9 @@ def _demo(
     run_demo(output, family, steps)
 
 
-class _Unneeded(logging.Filter):
+def _needed(record: logging.LogRecord) -> bool:
     """DeepSpeed warns of a missing accelerator whenever it is imported, even where nobody asked for one."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "Setting accelerator to CPU" not in record.getMessage()
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def main(args: list[str] | None = None) -> None:
@@ -146,7 +163,9 @@ def main(args: list[str] | None = None) -> None:
 
 def run(args: list[str] | None = None) -> int:
     """Run the command line; turn every error of the project into one clear message and an exit code."""
-    logging.getLogger("DeepSpeed").addFilter(_Unneeded())
+    import logging
+
+    logging.getLogger("DeepSpeed").addFilter(_needed)
     try:
         result = app(args=args, standalone_mode=False)
     except CogcacheError as error:

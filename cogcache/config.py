@@ -27,7 +27,7 @@ def setting(default: Any, description: str, *, panel: str = "", **limits: Any) -
 class CommandConfig(BaseModel):
     """Base of all command configs: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True)
 
 
 _DATA = "Clips and captions"

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from rich.markup import escape
 
 from cogcache.config_io import load_config
 
@@ -60,8 +61,8 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     declarations = [f"{flag}/--no{flag[1:]}"] if kind is bool else [flag]
     option = typer.Option(
         *declarations,
-        help=(field.description or "") + ("  [required]" if field.is_required() else ""),
-        show_default=_default_text(field),
+        help=_help_text(field),
+        show_default=False,  # typer would put it in brackets of its own
         rich_help_panel=_extra(field).get("panel") or "Options",
     )
     return inspect.Parameter(
@@ -92,11 +93,18 @@ def _flag_type(annotation: Any) -> Any:
     raise TypeError(f"no flag type for {annotation}")
 
 
-def _default_text(field: FieldInfo) -> str | bool:
-    if field.is_required() or field.default is None or field.default in ([], ""):
-        return False
+def _help_text(field: FieldInfo) -> str:
+    """The description, with whether it is required or its default behind it; safe from rich's markup."""
+    note = "required" if field.is_required() else _default_text(field)
+    return escape((field.description or "") + (f"  [{note}]" if note else ""))
+
+
+def _default_text(field: FieldInfo) -> str:
+    """``default: 42``; empty where the description says what happens without a value."""
+    if field.default is None or field.default in ([], ""):
+        return ""
     if isinstance(field.default, bool):
-        return "on" if field.default else "off"
+        return "default: on" if field.default else "default: off"
     if isinstance(field.default, list):
-        return ", ".join(str(item) for item in field.default)
-    return str(field.default)
+        return "default: " + ", ".join(str(item) for item in field.default)
+    return f"default: {field.default}"
