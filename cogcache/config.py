@@ -34,6 +34,7 @@ _DATA = "Clips and captions"
 _FRAMES = "Frames and pictures"
 _ENCODER = "Encoders"
 _CACHE = "Cache"
+_IMAGES = "Image conditions"
 _RUN = "Run"
 _LORA = "LoRA"
 _OPTIM = "Optimisation"
@@ -114,6 +115,18 @@ class EncodeConfig(CommandConfig):
         panel=_ENCODER,
     )
     text_batch_size: int = setting(8, "Captions encoded at once.", panel=_ENCODER, ge=1)
+    image_draws: int = setting(
+        8,
+        "Image-to-video models only: independently noised first frames kept for each clip. Training draws one a step. "
+        "More can be added to a finished cache at any time.",
+        panel=_IMAGES,
+        ge=1,
+    )
+    remake_images: bool = setting(
+        False,
+        "Drop the image conditions of this cache and make them anew; latents and text stay.",
+        panel=_IMAGES,
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.", panel=_RUN)
     workers: int = setting(2, "Threads that decode video ahead of the encoder.", panel=_RUN, ge=1)
     shard_size: float = setting(256.0, "Size at which a shard is full, in MB.", panel=_CACHE, gt=0)

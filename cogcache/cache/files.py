@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "append_line",
     "make_folder",
     "remove",
+    "remove_tree",
     "rename",
     "storage_errors",
     "sync_folder",
@@ -114,6 +116,20 @@ def remove(*paths: Path) -> None:
             gone = True
     if gone:
         sync_folder(paths[0].parent)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all that is in it. Gone from its name at one instant; a kill may leave its files as
+    ``<name>.dropped``, which the next call clears away.
+    """
+    dropped = folder.with_name(f"{folder.name}.dropped")
+    with storage_errors(folder):
+        if dropped.exists():
+            shutil.rmtree(dropped)
+        if folder.exists():
+            rename(folder, dropped)
+            shutil.rmtree(dropped)
+            sync_folder(folder.parent)
 
 
 def append_line(path: Path, line: bytes) -> None:

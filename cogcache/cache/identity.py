@@ -12,7 +12,7 @@ from cogcache.cache.format import IDENTITY_FILE, MANIFEST_FILE, VERSION, Identit
 from cogcache.cache.lines import dump_sealed, load_sealed
 from cogcache.errors import CacheError, DamagedCacheError, MismatchError
 
-__all__ = ["admit", "check_version", "read_identity"]
+__all__ = ["admit", "check_version", "read_identity", "write_identity"]
 
 
 def admit(root: Path, wanted: Identity) -> Identity:
@@ -34,8 +34,13 @@ def admit(root: Path, wanted: Identity) -> Identity:
         merged = wanted.model_copy(update={"series": {**found.series, **wanted.series}})
         if merged == found:
             return merged
-    write_atomic(path, dump_sealed(merged.model_dump(mode="json")))
+    write_identity(root, merged)
     return merged
+
+
+def write_identity(root: Path, identity: Identity) -> None:
+    """Write ``cache.json``; the caller holds the cache lock."""
+    write_atomic(root / IDENTITY_FILE, dump_sealed(identity.model_dump(mode="json")))
 
 
 def read_identity(root: Path) -> Identity:

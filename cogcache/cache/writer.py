@@ -23,12 +23,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cogcache.cache import tables
-from cogcache.cache.files import FileLock, make_folder, storage_errors
+from cogcache.cache.files import FileLock, make_folder, remove, remove_tree, storage_errors
 from cogcache.cache.folder import SeriesFolder
 from cogcache.cache.format import (
+    IDENTITY_FILE,
     IMAGES,
     JOURNAL_FILE,
     LATENTS,
+    MANIFEST_FILE,
     TEXT,
     FailureRecord,
     Identity,
@@ -36,13 +38,13 @@ from cogcache.cache.format import (
     SampleRecord,
     SeriesRecord,
 )
-from cogcache.cache.identity import admit
+from cogcache.cache.identity import admit, read_identity, write_identity
 from cogcache.cache.index import check_key
 from cogcache.cache.job import ShardJob
 from cogcache.cache.journal import Journal
 from cogcache.errors import CacheError
 
-__all__ = ["CacheWriter", "ShardJob"]
+__all__ = ["CacheWriter", "ShardJob", "drop_series"]
 
 _LOCK_FILE = ".lock"
 
@@ -228,6 +230,31 @@ class CacheWriter:
                     f"the cache is not complete: {whose} has no committed entry {key} in {series}.",
                     "Run encode again; if another process is still encoding, wait for it first.",
                 )
+
+
+def drop_series(root: Path, series: str) -> None:
+    """Remove a series with all its shards, so that it can be made anew with any settings; the others stay.
+
+    The manifest goes first: until the next commit the cache counts as unfinished. Nothing happens where the series
+    or the cache is not there.
+
+    Raises:
+        CacheError: if another process is filling the series.
+        StorageError: if something cannot be removed.
+    """
+    if not (root / IDENTITY_FILE).exists():
+        return
+    with _cache_lock(root):
+        identity = read_identity(root)
+        if series not in identity.series:
+            return
+        folder = SeriesFolder(root, series, identity.model.variant, identity.series[series])
+        if any(CacheWriter._is_claimed(folder, name) for name in folder.unfinished()):
+            raise CacheError(f"another process is filling {series} in {root}.", "Wait for it to end.")
+        remove(root / MANIFEST_FILE)
+        remove_tree(root / series)
+        rest = {name: value for name, value in identity.series.items() if name != series}
+        write_identity(root, identity.model_copy(update={"series": rest}))
 
 
 @contextmanager

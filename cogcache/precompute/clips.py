@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cogcache.cache.format import SampleRecord, digest, entry_key
+from cogcache.cache.format import IMAGES, LATENTS, TEXT, SampleRecord, digest, entry_key
 from cogcache.hashing import file_sha256
 from cogcache.precompute.datasets import ClipItem
+from cogcache.precompute.images import ImageSource, draw_keys
 from cogcache.precompute.settings import EncodeSettings
 from cogcache.precompute.video import ClipRequest, Window
 
@@ -30,6 +31,8 @@ class ClipWork:
     sha256: str
     latents: str
     text: str
+    image: ImageSource | None = None
+    images: tuple[str, ...] = ()
 
     @property
     def window(self) -> str:
@@ -49,6 +52,7 @@ class ClipWork:
             fps=settings.fps,
             latents=self.latents,
             text=self.text,
+            images=self.images,
         )
 
 
@@ -64,24 +68,39 @@ def plan_clips(items: Sequence[ClipItem], settings: EncodeSettings) -> list[Clip
     """
     with ThreadPoolExecutor(settings.config.workers) as pool:
         hashes = list(pool.map(lambda item: file_sha256(item.path), items))
-    latents, text = settings.latents_fingerprint(), settings.text_fingerprint()
+    prints = settings.identity().series
     seen: Counter[str] = Counter()
     clips = []
     for item, sha256 in zip(items, hashes, strict=True):
         occurrence = seen[item.source]
         seen[item.source] += 1
         for window in _windows(settings):
+            request = _request(settings, window)
+            image = _image(item, request, sha256, settings)
             clips.append(
                 ClipWork(
                     id=digest([item.source, str(window), occurrence])[:16],
                     item=item,
-                    request=_request(settings, window),
+                    request=request,
                     sha256=sha256,
-                    latents=entry_key(latents, source=sha256, window=str(window)),
-                    text=entry_key(text, caption=item.caption),
+                    latents=entry_key(prints[LATENTS], source=sha256, window=str(window)),
+                    text=entry_key(prints[TEXT], caption=item.caption),
+                    image=image,
+                    images=tuple(draw_keys(prints[IMAGES], image, settings.config.image_draws))
+                    if image
+                    else (),
                 )
             )
     return clips
+
+
+def _image(item: ClipItem, request: ClipRequest, sha256: str, settings: EncodeSettings) -> ImageSource | None:
+    """The clip's conditioning image, for image-to-video: the one listed, else the clip's first frame."""
+    if settings.variant.task != "i2v":
+        return None
+    if item.image is not None:
+        return ImageSource.of_file(settings.config.data_root / item.image, item.image)
+    return ImageSource.of_clip(item.path, request, sha256, item.source)
 
 
 def _windows(settings: EncodeSettings) -> list[Window]:

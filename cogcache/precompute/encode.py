@@ -1,37 +1,36 @@
 """``cogcache encode``: videos and captions in, a committed cache out.
 
-The way of the data: lists -> clips with keys -> what is missing is planned into shards -> VAE over the
-missing latents -> T5 over the missing captions -> tables and manifest. One model is on the device at a
-time.
+The way of the data: lists -> clips with keys -> what is missing is planned into shards -> VAE over missing
+latents and image conditions -> T5 over missing captions -> tables and manifest. One model is on the device
+at a time.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-from cogcache.cache.format import LATENTS, TEXT, FailureRecord, Manifest
-from cogcache.cache.writer import CacheWriter
+from cogcache.cache.format import IMAGES, LATENTS, TEXT, FailureRecord, Manifest
+from cogcache.cache.writer import CacheWriter, drop_series
 from cogcache.config import EncodeConfig
 from cogcache.config_io import save_config
 from cogcache.errors import PartialFailureError
 from cogcache.models import torch_dtype
 from cogcache.precompute.clips import ClipWork, plan_clips, text_key
 from cogcache.precompute.datasets import find_clips
+from cogcache.precompute.pieces import image_pieces, latent_piece
 from cogcache.precompute.settings import EncodeSettings, decide
-from cogcache.precompute.stages import Tally, encode_latents, encode_text
+from cogcache.precompute.stages import Tally, encode_pieces, encode_text
 from cogcache.precompute.text import FrozenText
 from cogcache.precompute.vae import FrozenVae
 from cogcache.progress import console, say
 
 __all__ = ["EncodeResult", "encode", "encode_all"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,24 +67,37 @@ def encode_all(config: EncodeConfig) -> EncodeResult:
     items = find_clips(config.data_root, config.dataset, config.allow_outside)
     settings = decide(config)
     clips = plan_clips(items, settings)
+    if config.remake_images:
+        drop_series(settings.shards, IMAGES)
     writer = CacheWriter.open(settings.shards, settings.identity())
     save_config(config, settings.shards / "encode.config.yaml")
-    pictures = _latents(writer, clips, settings)
+    pictures = _pictures(writer, clips, settings)
     captions = _text(writer, clips, settings)
     manifest, failures = _commit(writer, clips, settings)
     return EncodeResult(settings.shards, manifest, len(clips), pictures.encoded, captions.encoded, failures)
 
 
-def _latents(writer: CacheWriter, clips: Sequence[ClipWork], settings: EncodeSettings) -> Tally:
-    by_key = {clip.latents: clip for clip in reversed(clips)}
-    shape = settings.variant.latent_shape(settings.frames, settings.size)
-    entry_bytes = 2 * _product(shape) * torch_dtype(settings.vae_dtype).itemsize
-    keys = list(dict.fromkeys(clip.latents for clip in clips))
-    writer.plan(LATENTS, keys, _per_shard(settings, entry_bytes))
-    return _with_model(
-        lambda load: encode_latents(writer, by_key, load, settings.config.workers),
-        lambda: _load_vae(settings),
+def _pictures(writer: CacheWriter, clips: Sequence[ClipWork], settings: EncodeSettings) -> Tally:
+    """Everything the VAE makes: latents, and for image-to-video the image conditions."""
+    latents = [latent_piece(clip) for clip in clips]
+    images = [piece for clip in clips for piece in image_pieces(clip, settings)]
+    channels, *_, height, width = settings.variant.latent_shape(settings.frames, settings.size)
+    clip_values = 2 * _product(settings.variant.latent_shape(settings.frames, settings.size))
+    writer.plan(
+        LATENTS, [piece.key for piece in latents], _per_shard(settings, settings.vae_dtype, clip_values)
     )
+    workers = settings.config.workers
+    try:
+        vae = cache(lambda: _load_vae(settings))
+        tally = encode_pieces(writer, LATENTS, latents, vae, unit="clips", workers=workers)
+        if images:
+            entries = _per_shard(settings, settings.vae_dtype, channels * height * width)
+            writer.plan(IMAGES, [piece.key for piece in images], entries)
+            encode_pieces(writer, IMAGES, images, vae, unit="image conditions", workers=workers)
+        return tally
+    finally:
+        del vae
+        _free_memory()
 
 
 def _load_vae(settings: EncodeSettings) -> FrozenVae:
@@ -97,14 +109,13 @@ def _load_vae(settings: EncodeSettings) -> FrozenVae:
 def _text(writer: CacheWriter, clips: Sequence[ClipWork], settings: EncodeSettings) -> Tally:
     # The empty caption is always there: caption dropout and classifier-free guidance use it.
     captions = {text_key(settings, ""): ""} | {clip.text: clip.item.caption for clip in clips}
-    entry_bytes = (
-        settings.variant.text_length * settings.variant.text_dim * torch_dtype(settings.text_dtype).itemsize
-    )
-    writer.plan(TEXT, list(captions), _per_shard(settings, entry_bytes))
-    return _with_model(
-        lambda load: encode_text(writer, captions, load, settings.config.text_batch_size),
-        lambda: _load_text(settings, list(captions.values())),
-    )
+    values = settings.variant.text_length * settings.variant.text_dim
+    writer.plan(TEXT, list(captions), _per_shard(settings, settings.text_dtype, values))
+    try:
+        load = partial(_load_text, settings, list(captions.values()))
+        return encode_text(writer, captions, load, settings.config.text_batch_size)
+    finally:
+        _free_memory()
 
 
 def _load_text(settings: EncodeSettings, captions: Sequence[str]) -> FrozenText:
@@ -118,14 +129,11 @@ def _load_text(settings: EncodeSettings, captions: Sequence[str]) -> FrozenText:
     return text
 
 
-def _with_model(stage: Callable[[Callable[[], T]], Tally], load: Callable[[], T]) -> Tally:
-    """Run a stage that may load a model, and free the model's memory before the next one."""
-    try:
-        return stage(load)
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+def _free_memory() -> None:
+    """Give a model's memory back before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _commit(
@@ -134,19 +142,27 @@ def _commit(
     if writer.busy():
         say("Other processes still encode into this cache; the last one to finish writes the manifest.")
         return None, []
-    durable, reasons = writer.committed(LATENTS), writer.failures()
-    samples = [clip.sample(settings) for clip in clips if clip.latents in durable]
-    failures = [_failure(clip, reasons) for clip in clips if clip.latents not in durable]
+    durable = {series: writer.committed(series) for series in settings.identity().series}
+    reasons = writer.failures()
+    complete = [clip for clip in clips if not _missing(clip, durable)]
+    failures = [_failure(clip, _missing(clip, durable), reasons) for clip in clips if _missing(clip, durable)]
+    samples = [clip.sample(settings) for clip in complete]
     return writer.commit(samples, failures, text_key(settings, "")), failures
 
 
-def _failure(clip: ClipWork, reasons: dict[str, str]) -> FailureRecord:
-    reason = reasons.get(clip.latents, "not encoded")
+def _missing(clip: ClipWork, durable: dict[str, set[str]]) -> list[str]:
+    needed = [(LATENTS, clip.latents), (TEXT, clip.text), *((IMAGES, key) for key in clip.images)]
+    return [key for series, key in needed if key not in durable[series]]
+
+
+def _failure(clip: ClipWork, missing: Sequence[str], reasons: dict[str, str]) -> FailureRecord:
+    reason = next((reasons[key] for key in missing if key in reasons), "not encoded")
     return FailureRecord(id=clip.id, source=clip.item.source, window=clip.window, reason=reason)
 
 
-def _per_shard(settings: EncodeSettings, entry_bytes: int) -> int:
-    return max(1, int(settings.config.shard_size * 1e6 // entry_bytes))
+def _per_shard(settings: EncodeSettings, dtype: str, values: int) -> int:
+    """Entries of ``values`` numbers each that fill a shard."""
+    return max(1, int(settings.config.shard_size * 1e6 // (values * torch_dtype(dtype).itemsize)))
 
 
 def _product(shape: Sequence[int]) -> int:

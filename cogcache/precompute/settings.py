@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cogcache.cache.format import IDENTITY_FILE, LATENTS, TEXT, Fingerprint, Identity, ModelRecord
+from cogcache.cache.format import IDENTITY_FILE, IMAGES, LATENTS, TEXT, Fingerprint, Identity, ModelRecord
 from cogcache.config import EncodeConfig
 from cogcache.geometry import Size, parse_size
 from cogcache.models import Component, pick_device, resolve_model
@@ -15,7 +15,10 @@ from cogcache.precompute.text import text_fingerprint
 from cogcache.precompute.vae import choose_tiling, vae_fingerprint
 from cogcache.variants import Variant, read_variant, weights_dtype
 
-__all__ = ["EncodeSettings", "decide"]
+__all__ = ["SIGMA_LOG_MEAN", "SIGMA_LOG_STD", "EncodeSettings", "decide"]
+
+SIGMA_LOG_MEAN, SIGMA_LOG_STD = -3.0, 0.5
+"""Noise of the conditioning image in pixels of range -1..1: sigma = exp(N(mean, std))."""
 
 _COMPONENTS: tuple[Component, ...] = ("vae", "text_encoder", "tokenizer")
 
@@ -38,10 +41,10 @@ class EncodeSettings:
 
     def identity(self) -> Identity:
         """What the cache folder is bound to."""
-        return Identity(
-            model=ModelRecord(id=self._model_id(), variant=self.variant),
-            series={LATENTS: self.latents_fingerprint(), TEXT: self.text_fingerprint()},
-        )
+        series = {LATENTS: self.latents_fingerprint(), TEXT: self.text_fingerprint()}
+        if self.variant.task == "i2v":
+            series[IMAGES] = self.images_fingerprint()
+        return Identity(model=ModelRecord(id=self._model_id(), variant=self.variant), series=series)
 
     def _model_id(self) -> str:
         # A local folder is remembered in full, so that training finds it from any working directory.
@@ -61,6 +64,17 @@ class EncodeSettings:
             "fit": config.fit,
             "interpolation": config.interpolation,
             "reader": config.reader,
+        }
+
+    def images_fingerprint(self) -> Fingerprint:
+        """Everything that determines the bytes of an image condition, beside the picture and the draw's number."""
+        return {
+            **vae_fingerprint(self.model_root, self.vae_dtype, tiled=self.tiled),
+            "size": str(self.size),
+            "fit": self.config.fit,
+            "interpolation": self.config.interpolation,
+            "sigma_log_mean": SIGMA_LOG_MEAN,
+            "sigma_log_std": SIGMA_LOG_STD,
         }
 
     def text_fingerprint(self) -> Fingerprint:

@@ -1,4 +1,4 @@
-"""The encoding stages: latents, then text. Decoding runs ahead of the encoder, writing behind it."""
+"""How entries are made: reading runs in threads ahead of the encoder, writing in one thread behind it."""
 
 from __future__ import annotations
 
@@ -7,34 +7,51 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-import torch
-
-from cogcache.cache.format import LATENTS, TEXT, Entry
+from cogcache.cache.format import TEXT, Entry
 from cogcache.cache.writer import CacheWriter, ShardJob
 from cogcache.errors import VideoError
-from cogcache.precompute.clips import ClipWork
 from cogcache.precompute.text import FrozenText
-from cogcache.precompute.vae import FrozenVae
-from cogcache.precompute.video import Clip, load_clip
 from cogcache.progress import Progress
 
-__all__ = ["Tally", "encode_latents", "encode_text"]
+__all__ = ["Piece", "Tally", "encode_pieces", "encode_text"]
 
 _WRITES_BEHIND = 4
+
+Model = TypeVar("Model")
+Raw = TypeVar("Raw")
+
+
+@dataclass(frozen=True)
+class Piece(Generic[Model, Raw]):
+    """One entry to be made.
+
+    Attributes:
+        key: Its key.
+        source: The file it comes from, for the failure ledger.
+        raw_id: Neighbours with the same one share a single ``read``.
+        read: Runs in a thread; raises :class:`VideoError` if the file cannot be used.
+        encode: Runs on the device; raises :class:`VideoError` if the result is of no use.
+    """
+
+    key: str
+    source: str
+    raw_id: str
+    read: Callable[[], Raw]
+    encode: Callable[[Model, Raw], Entry]
 
 
 @dataclass
 class Tally:
-    """What a stage did. Times in seconds."""
+    """What a stage did; ``waited_s`` is how long the encoder waited for reads."""
 
     encoded: int = 0
-    failed: list[tuple[str, str]] = field(default_factory=list)
+    failed: int = 0
     waited_s: float = 0.0
-    total_s: float = 0.0
 
 
 class _Behind:
@@ -63,98 +80,106 @@ class _Behind:
             self._pending.popleft().result()
 
 
-def encode_latents(
-    writer: CacheWriter, clips: Mapping[str, ClipWork], load_vae: Callable[[], FrozenVae], workers: int
+def encode_pieces(
+    writer: CacheWriter,
+    series: str,
+    pieces: Sequence[Piece[Model, Raw]],
+    load_model: Callable[[], Model],
+    *,
+    unit: str,
+    workers: int,
 ) -> Tally:
-    """Encode every clip whose latent is planned and not yet there.
+    """Make every planned entry of ``series`` that is not there yet, and commit its shards.
 
     Args:
-        clips: Latent key to clip.
-        load_vae: Called once, and only if there is work.
-        workers: Decoding threads.
+        pieces: All entries this run can make, done or not.
+        load_model: Called once, and only if something is to be encoded.
+        unit: What an entry is, in the plural, for the progress display.
+        workers: Reading threads.
     """
     tally = Tally()
-    started = time.monotonic()
-    todo = len(clips.keys() - writer.committed(LATENTS))
-    if not todo:
-        return tally
+    by_key = {piece.key: piece for piece in reversed(pieces)}
+    todo = len(by_key.keys() - writer.committed(series))
+    model = cache(load_model)
     with ExitStack() as stack:
-        vae = load_vae()
-        progress = stack.enter_context(Progress("clips", todo, "clips"))
+        progress = stack.enter_context(Progress(unit, todo, unit)) if todo else None
         behind = stack.enter_context(_Behind())
-        for job, clip, future in _decoded_ahead(writer, clips, workers, behind):
-            waited = time.monotonic()
-            decoded = _result(future)
-            tally.waited_s += time.monotonic() - waited
-            entry = decoded if isinstance(decoded, VideoError) else _encode_clip(vae, clip, decoded)
-            if isinstance(entry, VideoError):
-                behind.do(job.fail, clip.latents, clip.item.source, entry.message)
-                tally.failed.append((clip.item.source, entry.message))
-            else:
-                behind.do(job.append, entry)
-                tally.encoded += 1
+        started = time.monotonic()
+        for job, piece, raw in _read_ahead(writer, series, by_key, workers, behind):
+            _encode_piece(job, piece, raw, model, behind, tally)
             share = tally.waited_s / max(time.monotonic() - started, 1e-9)
-            progress.advance(waiting_for_video=f"{share:.0%}", failed=len(tally.failed))
-    tally.total_s = time.monotonic() - started
+            if progress:
+                progress.advance(waiting_for_files=f"{share:.0%}", failed=tally.failed)
     return tally
 
 
-def _decoded_ahead(
-    writer: CacheWriter, clips: Mapping[str, ClipWork], workers: int, behind: _Behind
-) -> Iterator[tuple[ShardJob, ClipWork, Future[Clip]]]:
-    """Claim shards and decode their clips in threads, a few ahead; finish each shard after its last clip."""
-    ahead: deque[tuple[ShardJob, str | None, Future[Clip] | None]] = deque()
-
-    def steps() -> Iterator[tuple[ShardJob, str | None, Future[Clip] | None]]:
-        for job in writer.jobs(LATENTS, clips.keys()):
-            for key in job.remaining:
-                clip = clips.get(key)
-                if clip is not None:
-                    yield job, key, pool.submit(load_clip, clip.item.path, clip.request)
-            yield job, None, None
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+def _encode_piece(
+    job: ShardJob,
+    piece: Piece[Model, Raw],
+    raw: Future[Raw],
+    model: Callable[[], Model],
+    behind: _Behind,
+    tally: Tally,
+) -> None:
+    loaded = model()
+    waiting = time.monotonic()
     try:
-        source = steps()
-        exhausted = False
-        while ahead or not exhausted:
-            while not exhausted and len(ahead) <= workers:
-                step = next(source, None)
-                exhausted = step is None
-                if step is not None:
+        content = raw.result()
+        tally.waited_s += time.monotonic() - waiting
+        entry = piece.encode(loaded, content)
+    except (VideoError, MemoryError) as error:
+        reason = error.message if isinstance(error, VideoError) else "not enough memory to read it"
+        behind.do(job.fail, piece.key, piece.source, reason)
+        tally.failed += 1
+    else:
+        behind.do(job.append, entry)
+        tally.encoded += 1
+
+
+def _read_ahead(
+    writer: CacheWriter,
+    series: str,
+    pieces: Mapping[str, Piece[Model, Raw]],
+    workers: int,
+    behind: _Behind,
+) -> Iterator[tuple[ShardJob, Piece[Model, Raw], Future[Raw]]]:
+    """Claim shards and read for their entries in threads, a few ahead; finish each shard after its last entry."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
+        ahead: deque[tuple[ShardJob, tuple[Piece[Model, Raw], Future[Raw]] | None]] = deque()
+        steps = _claimed(writer, series, pieces, pool)
+        try:
+            while True:
+                while len(ahead) <= workers and (step := next(steps, None)) is not None:
                     ahead.append(step)
-            if not ahead:
-                break
-            job, key, future = ahead.popleft()
-            if key is None or future is None:
-                behind.do(job.finish)
-            else:
-                yield job, clips[key], future
-    finally:
-        pool.shutdown(cancel_futures=True)
+                if not ahead:
+                    return
+                job, reading = ahead.popleft()
+                if reading is None:
+                    behind.do(job.finish)
+                else:
+                    yield job, *reading
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _result(future: Future[Clip]) -> Clip | VideoError:
-    try:
-        return future.result()
-    except VideoError as error:
-        return error
-    except MemoryError:
-        return VideoError("not enough memory to decode it")
-
-
-def _encode_clip(vae: FrozenVae, clip: ClipWork, decoded: Clip) -> Entry | VideoError:
-    moments = vae.encode(decoded.frames.unsqueeze(0))[0]
-    if not torch.isfinite(moments).all():
-        return VideoError("the VAE gave values that are not finite; try --vae-dtype float32")
-    facts = {**decoded.facts, "source": clip.item.source, "sha256": clip.sha256, "window": clip.window}
-    return Entry(clip.latents, {"moments": moments.contiguous()}, facts)
+def _claimed(
+    writer: CacheWriter, series: str, pieces: Mapping[str, Piece[Model, Raw]], pool: ThreadPoolExecutor
+) -> Iterator[tuple[ShardJob, tuple[Piece[Model, Raw], Future[Raw]] | None]]:
+    """The entries to make, their reads begun; ``None`` after the last of each shard."""
+    for job in writer.jobs(series, pieces.keys()):
+        last_id, last_read = "", None
+        for key in job.remaining:
+            piece = pieces[key]
+            if last_read is None or piece.raw_id != last_id:
+                last_id, last_read = piece.raw_id, pool.submit(piece.read)
+            yield job, (piece, last_read)
+        yield job, None
 
 
 def encode_text(
     writer: CacheWriter, captions: Mapping[str, str], load_text: Callable[[], FrozenText], batch_size: int
 ) -> Tally:
-    """Encode every caption whose embedding is planned and not yet there.
+    """Encode every caption whose embedding is planned and not yet there, and commit its shards.
 
     Args:
         captions: Text key to caption.
@@ -162,24 +187,21 @@ def encode_text(
         batch_size: Captions encoded at once.
     """
     tally = Tally()
-    started = time.monotonic()
     todo = len(captions.keys() - writer.committed(TEXT))
-    if not todo:
-        return tally
-    encoder = load_text()
-    with Progress("captions", todo, "captions") as progress:
+    encoder = cache(load_text)
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress("captions", todo, "captions")) if todo else None
         for job in writer.jobs(TEXT, captions.keys()):
-            remaining = set(job.remaining)
             # Batches are cut from the shard's whole plan, so that a resumed run forms the same ones: a row's last
             # bits may depend on the shape of its batch.
             for batch in _batches(job.planned, batch_size):
-                missing = [key for key in batch if key in remaining and key in captions]
+                missing = [key for key in batch if key in job.remaining]
                 if missing:
-                    _encode_batch(job, encoder, [captions.get(key, "") for key in batch], batch, missing)
+                    _encode_batch(job, encoder(), [captions.get(key, "") for key in batch], batch, missing)
                     tally.encoded += len(missing)
-                    progress.advance(len(missing))
+                    if progress:
+                        progress.advance(len(missing))
             job.finish()
-    tally.total_s = time.monotonic() - started
     return tally
 
 
@@ -188,9 +210,13 @@ def _batches(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 def _encode_batch(
-    job: ShardJob, encoder: FrozenText, captions: Sequence[str], keys: Sequence[str], missing: Sequence[str]
+    job: ShardJob,
+    encoder: FrozenText,
+    captions: Sequence[str],
+    keys: Sequence[str],
+    missing: Sequence[str],
 ) -> None:
     embeddings = encoder.encode(captions)
     for key, caption, embedding in zip(keys, captions, embeddings, strict=True):
         if key in missing:
-            job.append(Entry(key, {"prompt_embeds": embedding.contiguous().clone()}, {"caption": caption}))
+            job.append(Entry(key, {"prompt_embeds": embedding.clone()}, {"caption": caption}))

@@ -116,9 +116,14 @@ class FrozenVae:
     @torch.inference_mode()
     def encode_pixels(self, pixels_bcfhw: torch.Tensor) -> torch.Tensor:
         """Encode pixels ``[B, 3, F, H, W]`` in -1..1 (float32) to moments as :meth:`encode` returns them."""
-        inputs = pixels_bcfhw.to(self.device, self.dtype)
-        moments: torch.Tensor = self._vae.encode(inputs).latent_dist.parameters
-        return moments.cpu()
+        try:
+            inputs = pixels_bcfhw.to(self.device, self.dtype)
+            moments: torch.Tensor = self._vae.encode(inputs).latent_dist.parameters
+            return moments.cpu()
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                "the GPU's memory is too small for the VAE at this size.", "Use --tiling on."
+            ) from None
 
 
 def to_pixels(frames_bfhwc: torch.Tensor) -> torch.Tensor:

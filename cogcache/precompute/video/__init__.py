@@ -11,8 +11,8 @@ none, as FFmpeg does). HDR transfer curves are not tone-mapped.
 from __future__ import annotations
 
 from cogcache.precompute.video.choose import open_video
-from cogcache.precompute.video.clip import Clip, ClipRequest, load_clip
+from cogcache.precompute.video.clip import Clip, ClipRequest, load_clip, load_first_frame
 from cogcache.precompute.video.picking import Window
 from cogcache.precompute.video.protocol import VideoInfo, VideoReader
 
-__all__ = ["Clip", "ClipRequest", "VideoInfo", "VideoReader", "Window", "load_clip", "open_video"]
+__all__ = ["Clip", "ClipRequest", "VideoInfo", "VideoReader", "Window", "load_clip", "load_first_frame", "open_video"]

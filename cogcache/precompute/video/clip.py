@@ -16,7 +16,7 @@ from cogcache.precompute.video.fitting import Interpolation, fit_frame
 from cogcache.precompute.video.picking import Picked, Window, pick
 from cogcache.precompute.video.protocol import VideoReader
 
-__all__ = ["Clip", "ClipRequest", "load_clip"]
+__all__ = ["Clip", "ClipRequest", "load_clip", "load_first_frame"]
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,22 @@ def load_clip(path: Path, request: ClipRequest) -> Clip:
         VideoError: with the reason (without the file's name), if the file cannot be used.
         TooShortError: if it has too few frames.
     """
+    return _read(path, request, request.frames)
+
+
+def load_first_frame(path: Path, request: ClipRequest) -> torch.Tensor:
+    """The first frame of the clip that ``request`` picks, fitted: uint8 RGB [H, W, 3].
+
+    Raises:
+        VideoError, TooShortError: as :func:`load_clip`, for the whole clip.
+    """
+    return _read(path, request, 1).frames[0]
+
+
+def _read(path: Path, request: ClipRequest, keep: int) -> Clip:
     reader = open_video(path, request.reader)
     try:
-        return _load(reader, request)
+        return _load(reader, request, keep)
     except TooShortError:
         raise
     except VideoError as error:
@@ -72,10 +85,10 @@ def load_clip(path: Path, request: ClipRequest) -> Clip:
         reader.close()
     with open_video(path, "pyav") as fallback:
         fallback.note = note
-        return _load(fallback, request)
+        return _load(fallback, request, keep)
 
 
-def _load(reader: VideoReader, request: ClipRequest) -> Clip:
+def _load(reader: VideoReader, request: ClipRequest, keep: int) -> Clip:
     info = reader.info
     picked = pick(
         reader.timestamps,
@@ -87,7 +100,7 @@ def _load(reader: VideoReader, request: ClipRequest) -> Clip:
         request.short,
     )
     plan = plan_fit(info.display, request.size, request.fit)
-    frames = _fitted(reader, picked.indices, plan, request.interpolation)
+    frames = _fitted(reader, picked.indices[:keep], plan, request.interpolation)
     return Clip(frames, _facts(reader, picked, plan))
 
 

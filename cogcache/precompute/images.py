@@ -1,0 +1,118 @@
+"""The image-condition bank of image-to-video models: K noised draws of each clip's first frame.
+
+In CogVideoX training the conditioning image gets noise in pixel space *before* the VAE, with
+sigma = exp(N(-3.0, 0.5)) per sample, so no single cached latent reproduces it. A bank of K independent draws keeps
+training free of the VAE and its distribution right. Source: the CogVideo reference trainer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cogcache.cache.format import Entry, Fingerprint, entry_key
+from cogcache.draws import generator, seed_for
+from cogcache.errors import VideoError
+from cogcache.geometry import Size, plan_fit
+from cogcache.hashing import file_sha256
+from cogcache.precompute.settings import SIGMA_LOG_MEAN, SIGMA_LOG_STD, EncodeSettings
+from cogcache.precompute.vae import FrozenVae, to_pixels
+from cogcache.precompute.video import ClipRequest, load_first_frame
+from cogcache.precompute.video.fitting import fit_frame
+
+__all__ = ["ImageSource", "clean_key", "draw_keys", "encode_draw"]
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Where a conditioning image comes from: a picture file, or the first frame of a clip.
+
+    ``identity`` changes when the picture does.
+    """
+
+    path: Path
+    request: ClipRequest | None
+    identity: str
+    name: str
+
+    @classmethod
+    def of_file(cls, path: Path, name: str) -> ImageSource:
+        """A picture file."""
+        return cls(path, None, f"file {file_sha256(path)}", name)
+
+    @classmethod
+    def of_clip(cls, path: Path, request: ClipRequest, sha256: str, name: str) -> ImageSource:
+        """The first frame of the clip that ``request`` picks."""
+        picked = f"frames {request.frames} fps {request.fps} window {request.window} short {request.short}"
+        return cls(path, request, f"clip {sha256} {picked} reader {request.reader}", name)
+
+    def load(self, settings: EncodeSettings) -> torch.Tensor:
+        """The fitted picture, uint8 ``[H, W, 3]``.
+
+        Raises:
+            VideoError: if it cannot be read.
+        """
+        if self.request is not None:
+            return load_first_frame(self.path, self.request)
+        return _load_picture(self.path, settings)
+
+
+def draw_keys(fingerprint: Fingerprint, source: ImageSource, draws: int) -> list[str]:
+    """Keys of the bank, one a draw. A larger bank begins with the smaller one."""
+    return [entry_key(fingerprint, image=source.identity, draw=number) for number in range(draws)]
+
+
+def clean_key(fingerprint: Fingerprint, source: ImageSource) -> str:
+    """Key of the image without noise, as inference sees it; for validation."""
+    return entry_key(fingerprint, image=source.identity, draw="clean")
+
+
+def encode_draw(
+    vae: FrozenVae, image_hwc: torch.Tensor, source: ImageSource, key: str, draw: int | None
+) -> Entry:
+    """Encode one draw of the bank: ``{"latents": [C, 1, H/8, W/8]}``, unscaled; sigma and seed are in the facts.
+
+    Args:
+        image_hwc: uint8 ``[H, W, 3]``.
+        draw: Its number, or ``None`` for the image without noise.
+
+    Raises:
+        VideoError: if the VAE's output is not finite.
+    """
+    purpose = ("image", source.identity, "clean" if draw is None else draw)
+    random = generator(*purpose)
+    pixels = to_pixels(image_hwc[None, None])
+    sigma = 0.0
+    if draw is not None:
+        sigma = math.exp(SIGMA_LOG_MEAN + SIGMA_LOG_STD * float(torch.randn((), generator=random)))
+        pixels = pixels + sigma * torch.randn(pixels.shape, generator=random)
+    mean, logvar = vae.encode_pixels(pixels)[0].float().chunk(2)
+    spread = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
+    latents = (mean + spread * torch.randn(mean.shape, generator=random)).to(vae.dtype)
+    if not torch.isfinite(latents).all():
+        raise VideoError("the VAE gave values that are not finite; try --vae-dtype float32")
+    facts = {
+        "source": source.name,
+        "image": source.identity,
+        "draw": draw,
+        "sigma": sigma,
+        "seed": seed_for(*purpose),
+    }
+    return Entry(key, {"latents": latents.contiguous()}, facts)
+
+
+def _load_picture(path: Path, settings: EncodeSettings) -> torch.Tensor:
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise VideoError(f"the image cannot be read: {error}") from None
+    pixels = torch.from_numpy(np.asarray(upright).copy())
+    plan = plan_fit(Size(upright.height, upright.width), settings.size, settings.config.fit)
+    return fit_frame(pixels, plan, settings.config.interpolation)

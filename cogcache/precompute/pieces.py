@@ -1,0 +1,48 @@
+"""What is to be made for each clip: its latent, and for image-to-video its bank of image conditions."""
+
+from __future__ import annotations
+
+import torch
+
+from cogcache.cache.format import Entry
+from cogcache.errors import VideoError
+from cogcache.precompute.clips import ClipWork
+from cogcache.precompute.images import ImageSource, encode_draw
+from cogcache.precompute.settings import EncodeSettings
+from cogcache.precompute.stages import Piece
+from cogcache.precompute.vae import FrozenVae
+from cogcache.precompute.video import Clip, load_clip
+
+__all__ = ["image_pieces", "latent_piece"]
+
+
+def latent_piece(clip: ClipWork) -> Piece[FrozenVae, Clip]:
+    """The work of making a clip's latent entry: ``{"moments": [2C, F', H/8, W/8]}``, unscaled."""
+
+    def encode(vae: FrozenVae, decoded: Clip) -> Entry:
+        moments = vae.encode(decoded.frames.unsqueeze(0))[0]
+        if not torch.isfinite(moments).all():
+            raise VideoError("the VAE gave values that are not finite; try --vae-dtype float32")
+        facts = {**decoded.facts, "source": clip.item.source, "sha256": clip.sha256, "window": clip.window}
+        return Entry(clip.latents, {"moments": moments}, facts)
+
+    def read() -> Clip:
+        return load_clip(clip.item.path, clip.request)
+
+    return Piece(clip.latents, clip.item.source, clip.latents, read, encode)
+
+
+def image_pieces(clip: ClipWork, settings: EncodeSettings) -> list[Piece[FrozenVae, torch.Tensor]]:
+    """The work of making a clip's image-condition bank, one piece a draw; none for text-to-video."""
+    if clip.image is None:
+        return []
+    return [_image_piece(clip.image, key, draw, settings) for draw, key in enumerate(clip.images)]
+
+
+def _image_piece(
+    source: ImageSource, key: str, draw: int | None, settings: EncodeSettings
+) -> Piece[FrozenVae, torch.Tensor]:
+    def encode(vae: FrozenVae, image_hwc: torch.Tensor) -> Entry:
+        return encode_draw(vae, image_hwc, source, key, draw)
+
+    return Piece(key, source.name, source.identity, lambda: source.load(settings), encode)
