@@ -15,4 +15,13 @@ from cogcache.precompute.video.clip import Clip, ClipRequest, load_clip, load_fi
 from cogcache.precompute.video.picking import Window
 from cogcache.precompute.video.protocol import VideoInfo, VideoReader
 
-__all__ = ["Clip", "ClipRequest", "VideoInfo", "VideoReader", "Window", "load_clip", "load_first_frame", "open_video"]
+__all__ = [
+    "Clip",
+    "ClipRequest",
+    "VideoInfo",
+    "VideoReader",
+    "Window",
+    "load_clip",
+    "load_first_frame",
+    "open_video",
+]

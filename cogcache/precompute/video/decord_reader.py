@@ -12,12 +12,13 @@ import numpy as np
 from cogcache.errors import VideoError
 from cogcache.precompute.video.probe import Probe
 from cogcache.precompute.video.protocol import Frame, StreamedReader
+from cogcache.precompute.video.pyav_reader import PyAVReader
 
 __all__ = ["DecordReader", "unfit_for_decord"]
 
 _CONTAINERS = {"mov", "mp4", "matroska", "webm"}
 _CODECS = {"h264", "hevc", "vp9"}
-_CHUNK = 8  # frames held at once
+_CHUNK = 4  # frames asked for at once; twice as many are in memory
 _TOLERANCE_S = 0.002  # decord's timestamps are float32: an hour has 0.25 ms resolution
 
 
@@ -52,6 +53,7 @@ class DecordReader(StreamedReader):
 
     def __init__(self, path: Path, probe: Probe) -> None:
         self.info = probe.info
+        self._checker = PyAVReader(path, probe)
         self.timestamps = probe.timestamps
         self._reader = _open(path)
         reason = self._disagreement()
@@ -69,6 +71,8 @@ class DecordReader(StreamedReader):
         return ""
 
     def stream(self, indices: Sequence[int]) -> Iterator[Frame]:
+        # decord hides decoding errors and returns what it has.
+        self._checker.check(indices)
         for begin in range(0, len(indices), _CHUNK):
             chunk = list(indices[begin : begin + _CHUNK])
             frames = _guarded(lambda chunk=chunk: self._reader.get_batch(chunk).asnumpy())

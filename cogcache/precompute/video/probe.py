@@ -8,10 +8,11 @@ or AV1: one packet is one frame, timestamps are on packets) the end is checked w
 - no packet is cut short, and there are as many as the index declares;
 - no packet begins with a run of zeros, as in a download whose tail was never written;
 - the first picture decodes here, and every picture from the key frame before the window to its last frame
-  when it is read.
+  when it is read, without an error (VP9 and HEVC cannot tell all damage from picture content).
 
 What this cannot see is a damaged picture beyond the window, which then is not used either. All other files
-are decoded to the end, and their timestamps come from the frames.
+are decoded to the end, and their timestamps come from the frames. A program or transport stream that ends early
+at a picture's end is a shorter video: nothing in it says that there was more.
 """
 
 from __future__ import annotations
@@ -107,6 +108,9 @@ def video_stream(container: Any) -> tuple[Any, int]:
     if streams[0].codec_context is None:
         raise VideoError("no decoder for its video codec")
     streams[0].codec_context.thread_count = 1
+    if streams[0].codec.canonical_name == "hevc":
+        # Only this decoder hides most damage unless told to stop at it; the others flag the frame.
+        streams[0].codec_context.options = {"err_detect": "explode"}
     return streams[0], len(streams)
 
 
@@ -257,14 +261,23 @@ def decode_all(container: Any, stream: Any) -> Any:
         VideoError: at the first one that does not decode or decodes with errors.
     """
     count = 0
+    last_s = None
+
+    def where() -> str:
+        return f"after {count} frames" if last_s is None else f"after {last_s:.3f} s"
+
     try:
-        for frame in container.decode(stream):
-            if frame.is_corrupt:
-                raise damaged(f"frame {count} decodes with errors")
-            count += 1
-            yield frame
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise damaged(f"the data {where()} is cut short")
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise damaged(f"the picture {where()} decodes with errors")
+                last_s = frame.time
+                count += 1
+                yield frame
     except av.error.FFmpegError as error:
-        raise damaged(f"decoding fails after {count} frames: {error.strerror}") from None
+        raise damaged(f"decoding fails {where()}: {error.strerror}") from None
 
 
 def _frame_timeline(path: Path) -> _Timeline:

@@ -33,46 +33,53 @@ class PyAVReader(StreamedReader):
         self._reformatter = VideoReformatter()
 
     def stream(self, indices: Sequence[int]) -> Iterator[Frame]:
+        for frame in self._decoded(indices):
+            yield self._upright(frame)
+
+    def check(self, indices: Sequence[int]) -> None:
+        """Decode all that is needed to show the frames at increasing ``indices``, and look at none.
+
+        Raises:
+            VideoError: if something on the way does not decode.
+        """
+        for _ in self._decoded(indices):
+            pass
+
+    def close(self) -> None:
+        """Nothing is kept open between streams."""
+
+    def _decoded(self, indices: Sequence[int]) -> Iterator[Any]:
+        """PyAV's frames at ``indices``, beginning at the key frame before them if that works."""
         done = 0
-        start = self._keyframe_before(indices[0]) if indices else 0
+        start = max((k for k in self._probe.keyframes if k <= indices[0]), default=0) if indices else 0
         if start:
             try:
-                for frame in self._from(start, indices):
+                for frame in self._decoded_from(start, indices):
                     yield frame
                     done += 1
                 return
             except _MissedError:
                 pass
-        yield from self._from(0, indices[done:])
+        yield from self._decoded_from(0, indices[done:])
 
-    def close(self) -> None:
-        """Nothing is kept open between streams."""
-
-    def _keyframe_before(self, index: int) -> int:
-        return max((k for k in self._probe.keyframes if k <= index), default=0)
-
-    def _from(self, start: int, indices: Sequence[int]) -> Iterator[Frame]:
-        """The wanted frames, decoding from frame ``start``."""
-        if not indices:
-            return
+    def _decoded_from(self, start: int, indices: Sequence[int]) -> Iterator[Any]:
+        """The wanted frames, decoding from frame ``start`` on."""
         wanted = iter(indices)
-        want = next(wanted)
+        want = next(wanted, None)
         with open_container(self.path) as container:
             stream, _ = video_stream(container)
             if start and self._probe.pts:
                 container.seek(self._probe.pts[start], stream=stream)
             for index, frame in self._numbered(decode_all(container, stream)):
-                if index > want:
-                    raise _MissedError if start else damaged(f"frame {want} does not decode")
+                if want is None or index > want:
+                    break
                 if index == want:
-                    yield self._upright(frame)
-                    following = next(wanted, None)
-                    if following is None:
+                    yield frame
+                    want = next(wanted, None)
+                    if want is None:
                         return
-                    want = following
-        if start:
-            raise _MissedError
-        raise damaged(f"frame {want} does not decode")
+        if want is not None:
+            raise _MissedError if start else damaged(f"frame {want} does not decode")
 
     def _numbered(self, frames: Iterator[Any]) -> Iterator[tuple[int, Any]]:
         """Frames with their index: by timestamp where packets have good ones, else by counting."""
