@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,16 @@ SMALL: Clip = (9, Size(32, 48))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def write_cache(root: Path, model: Path, clips: list[Clip], *, dtype: str = "float32", seed: int = 0) -> Path:
-    """A cache with one random entry for each of ``clips`` (frames, size)."""
+def write_cache(
+    root: Path,
+    model: Path,
+    clips: list[Clip],
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    bad: int | None = None,
+) -> Path:
+    """A cache with one random entry for each of ``clips`` (frames, size); number ``bad`` holds a NaN."""
     variant = read_variant(model)
     source = torch.Generator().manual_seed(seed)
     series = ["latents", "text"] + (["images"] if variant.task == "i2v" else [])
@@ -46,6 +58,8 @@ def write_cache(root: Path, model: Path, clips: list[Clip], *, dtype: str = "flo
     for number, (frames, size) in enumerate(clips):
         c, f, h, w = variant.latent_shape(frames, size)
         moments = torch.cat([normal(c, f, h, w), normal(c, f, h, w) * 0.5 - 2])
+        if number == bad:
+            moments[0, 0, 0, 0] = torch.nan
         images = ()
         if variant.task == "i2v":
             images = tuple(add("images", (number, k), {"latents": normal(c, 1, h, w)}) for k in range(3))
@@ -120,7 +134,65 @@ def settings(make_cache: Callable[..., Path], tmp_path: Path) -> Callable[..., T
     return make
 
 
+@pytest.fixture(scope="session")
+def metrics() -> Callable[[Path], list[dict[str, Any]]]:
+    """Reads ``metrics.jsonl`` of an output folder, without what depends on the clock."""
+    return metrics_of
+
+
 @pytest.fixture
 def variant_of(tiny_models: Callable[[Family], Path]) -> Callable[[Family], Variant]:
     """Facts of a tiny model."""
     return lambda family: read_variant(tiny_models(family))
+
+
+class TrainServer:
+    """Runs trainings in processes of their own without paying for imports each time."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self._stream = log.open("wb")
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("train_server.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stream,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+        )
+
+    def run(
+        self, config: TrainConfig, *, processes: int = 1, kill_after: float | None = None
+    ) -> tuple[list[int], float]:
+        """Exit codes (negative: killed by that signal) and seconds."""
+        request = {
+            "config": config.model_dump(mode="json"),
+            "processes": processes,
+            "kill_after": kill_after,
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline() or '{"codes": [], "seconds": 0}')
+        assert answer["codes"], self.log.read_text()
+        return answer["codes"], answer["seconds"]
+
+    def close(self) -> None:
+        """End the server."""
+        self._process.communicate()
+        self._stream.close()
+
+
+@pytest.fixture(scope="session")
+def train_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainServer]:
+    """A running :class:`TrainServer`."""
+    server = TrainServer(tmp_path_factory.mktemp("server") / "log.txt")
+    yield server
+    server.close()
+
+
+def metrics_of(output: Path) -> list[dict[str, Any]]:
+    """Lines of ``metrics.jsonl`` without what depends on the clock."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_s")} for line in lines]
