@@ -171,9 +171,8 @@ def run(args: list[str] | None = None) -> int:
     except CogcacheError as error:
         _report(error)
         return error.exit_code
-    except typer.Abort:
-        return 130
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
+        typer.secho("Stopped. What is finished stays; the same command goes on from there.", err=True)
         return 130
     except Exception as error:
         return _outside(error)

@@ -74,4 +74,9 @@ class FrozenText:
 
     def too_long(self, captions: Sequence[str]) -> list[str]:
         """Captions that do not fit the token length and are cut, as the pipelines cut them."""
-        return [c for c in captions if len(self._tokenizer(c).input_ids) > self._length]
+        one_more = self._length + 1  # asked without a limit, the tokenizer warns of long captions by itself
+        return [
+            caption
+            for caption in captions
+            if len(self._tokenizer(caption, truncation=True, max_length=one_more).input_ids) > self._length
+        ]
