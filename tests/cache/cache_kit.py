@@ -1,0 +1,188 @@
+"""A tiny encode run over made-up entries, and ways to disturb it. Imports nothing but the cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogcache.cache import files
+from cogcache.cache.format import (
+    LATENTS,
+    TEXT,
+    Entry,
+    FailureRecord,
+    Identity,
+    Manifest,
+    ModelRecord,
+    SampleRecord,
+    digest,
+)
+from cogcache.cache.writer import CacheWriter
+from cogcache.variants import Variant
+
+VARIANT = Variant(
+    in_channels=4,
+    latent_channels=4,
+    num_layers=1,
+    num_attention_heads=1,
+    attention_head_dim=8,
+    patch_size=2,
+    patch_size_t=None,
+    positions="rope",
+    ofs=False,
+    sample_frames=49,
+    sample_height=60,
+    sample_width=90,
+    text_length=8,
+    text_dim=8,
+    spatial_factor=8,
+    temporal_factor=4,
+    scaling_factor=0.7,
+    invert_scale_latents=False,
+    snr_shift_scale=1.0,
+    num_train_timesteps=1000,
+)
+CLIPS = 5
+CLIPS_PER_SHARD = 3
+BAD = 1
+"""The clip that always fails."""
+
+
+def identity(**series: dict[str, Any]) -> Identity:
+    known = {LATENTS: {"size": "32x32", "dtype": "float32"}, TEXT: {"length": 8}}
+    return Identity(model=ModelRecord(id="model", variant=VARIANT), series={**known, **series})
+
+
+def latent_key(clip: int) -> str:
+    return digest(["latent", clip])[:32]
+
+
+def text_key(caption: int) -> str:
+    return digest(["text", caption])[:32]
+
+
+def entry(key: str, name: str = "moments") -> Entry:
+    """An entry whose tensors and facts follow from its key; sizes differ."""
+    generator = torch.Generator().manual_seed(int(key[:8], 16))
+    tensor = torch.randn((2, 3 + int(key[0], 16)), generator=generator)
+    return Entry(key, {name: tensor.to(torch.bfloat16)}, {"source": f"clip {key[:4]}", "times": [0.0, 0.125]})
+
+
+LATENT_KEYS = [latent_key(clip) for clip in range(CLIPS)]
+TEXT_KEYS = [text_key(caption) for caption in range(2)]
+
+
+def sample(clip: int) -> SampleRecord:
+    return SampleRecord(
+        id=f"clip-{clip:03d}",
+        source=f"clip {clip}.mp4",
+        window="start",
+        caption="caption 1",
+        frames=9,
+        height=32,
+        width=32,
+        fps=8.0,
+        latents=latent_key(clip),
+        text=text_key(1),
+    )
+
+
+def fill(
+    writer: CacheWriter, series: str, keys: Collection[str], done: Callable[[str], object] = str
+) -> None:
+    """Do every job there is; ``done`` is told each key after it is durable."""
+    bad = latent_key(BAD)
+    for job in writer.jobs(series, keys):
+        with job:
+            for key in job.remaining:
+                if key == bad:
+                    job.fail(key, "bad.mp4", "cannot be decoded")
+                else:
+                    job.append(entry(key))
+                    done(key)
+            job.finish()
+
+
+def encode(root: Path, done: Callable[[str], object] = str) -> Manifest | None:
+    """A whole run; None if other processes are not finished yet."""
+    writer = CacheWriter.open(root, identity())
+    writer.plan(LATENTS, LATENT_KEYS, CLIPS_PER_SHARD)
+    writer.plan(TEXT, TEXT_KEYS, 100)
+    fill(writer, LATENTS, LATENT_KEYS, done)
+    fill(writer, TEXT, TEXT_KEYS, done)
+    if writer.busy():
+        return None
+    failed = FailureRecord(id="bad", source="bad.mp4", window="start", reason="cannot be decoded")
+    samples = [sample(clip) for clip in range(CLIPS) if clip != BAD]
+    return writer.commit(samples, [failed], TEXT_KEYS[0])
+
+
+def encode_and_tell(root: Path, pipe: Connection) -> None:
+    """Body of a process that will be killed: tells each durable key, then ``end``."""
+    pipe.send("start")
+    encode(root, pipe.send)
+    pipe.send("end")
+
+
+def encode_until_idle(root: Path) -> None:
+    """Body of one of several processes that fill the same cache."""
+    while encode(root) is None:
+        pass
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    """All files of a cache by name, but for the journal, which holds times."""
+    found = (path for path in root.rglob("*") if path.is_file() and path.name != "journal.jsonl")
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
+
+
+class Crash(BaseException):
+    """Stands for the end of the process: nothing after it reaches the disk."""
+
+
+class FakeOs:
+    """Takes the place of ``os`` in :mod:`cogcache.cache.files`: counts, cuts and fails every change.
+
+    Args:
+        stop_at: Number of the step, from 0, that does not happen any more; nor does any later one.
+        error: Fail with this errno at that step only, instead of the end.
+        torn: Write half of the data before stopping.
+    """
+
+    STEPS = ("open", "write", "ftruncate", "fsync", "fdatasync", "replace", "unlink", "makedirs")
+
+    def __init__(self, stop_at: int | None = None, error: int = 0, torn: bool = False) -> None:
+        self.steps = 0
+        self.log: list[str] = []
+        self._stop_at, self._error, self._torn = stop_at, error, torn
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        if name not in self.STEPS:
+            return real
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            number, self.steps = self.steps, self.steps + 1
+            self.log.append(name)
+            if (
+                self._stop_at is not None
+                and number >= self._stop_at
+                and (number == self._stop_at or not self._error)
+            ):
+                if name == "write" and self._torn and number == self._stop_at:
+                    real(args[0], bytes(args[1])[: len(args[1]) // 2])
+                raise OSError(self._error, os.strerror(self._error)) if self._error else Crash
+            return None if name in ("fsync", "fdatasync") else real(*args, **kwargs)
+
+        return step
+
+
+def install(fake: FakeOs, monkeypatch: Any) -> FakeOs:
+    """Let the cache write through ``fake`` from now on."""
+    monkeypatch.setattr(files, "os", fake)
+    return fake

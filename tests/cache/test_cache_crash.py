@@ -1,0 +1,295 @@
+"""Kill, cut and fail the writer everywhere: what was durable stays, what is finished is byte for byte the same."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+from cache_kit import (
+    CLIPS_PER_SHARD,
+    LATENT_KEYS,
+    TEXT_KEYS,
+    Crash,
+    FakeOs,
+    encode,
+    encode_and_tell,
+    encode_until_idle,
+    entry,
+    identity,
+    install,
+    snapshot,
+)
+
+from cogcache.cache.format import LATENTS, TEXT
+from cogcache.cache.reader import CacheReader
+from cogcache.cache.writer import CacheWriter
+from cogcache.errors import CogcacheError, StorageError
+
+KILLS = 24
+
+
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Processes that start warm, with torch imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "safetensors.torch", "cogcache.cache.writer", "cache_kit"])
+    return context
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collection() -> Iterator[None]:
+    """Keep torch's objects out of every ``gc.collect()``, which takes the place of a dead process's locks."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def durable(root: Path) -> set[str]:
+    writer = CacheWriter.open(root, identity())
+    return writer.committed(LATENTS) | writer.committed(TEXT)
+
+
+def test_killed_at_random(
+    processes: multiprocessing.context.ForkServerContext, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    chance = random.Random(0)
+    kills, caches, usual = 0, 0, 0.0
+    while kills < KILLS or caches < 2:
+        root, ended, told = tmp_path / str(caches), False, set[str]()
+        while not ended:
+            seconds = chance.uniform(0, usual) if usual else None
+            ended, keys, took = run_and_kill(processes, root, seconds)
+            told |= keys
+            kills += not ended
+            usual = usual or took
+            assert told <= durable(root)
+        assert snapshot(root) == expected
+        caches += 1
+
+
+def run_and_kill(
+    processes: multiprocessing.context.ForkServerContext, root: Path, seconds: float | None
+) -> tuple[bool, set[str], float]:
+    """Run an encode and SIGKILL it after ``seconds``; (whether it was through, keys it called durable, time)."""
+    receive, send = processes.Pipe(duplex=False)
+    process = processes.Process(target=encode_and_tell, args=(root, send))
+    process.start()
+    send.close()
+    assert receive.recv() == "start"
+    began = time.monotonic()
+    if seconds is None:
+        process.join()
+    else:
+        time.sleep(seconds)
+        process.kill()
+        process.join()
+    took = time.monotonic() - began
+    said = drain(receive)
+    assert process.exitcode == 0 or seconds is not None
+    return process.exitcode == 0 or said[-1:] == ["end"], set(said) - {"end"}, took
+
+
+def drain(pipe: Connection) -> list[str]:
+    said = []
+    try:
+        while True:
+            said.append(pipe.recv())
+    except (EOFError, OSError):
+        pipe.close()
+        return said
+
+
+def test_several_processes_fill_one_cache(
+    processes: multiprocessing.context.ForkServerContext, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    workers = [processes.Process(target=encode_until_idle, args=(tmp_path / "cache",)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert snapshot(tmp_path / "cache") == expected
+
+
+def all_steps(monkeypatch: pytest.MonkeyPatch, root: Path) -> int:
+    with monkeypatch.context() as patch:
+        fake = install(FakeOs(), patch)
+        encode(root)
+    assert {"write", "replace", "unlink", "ftruncate", "fdatasync"} <= set(fake.log)
+    return fake.steps
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_stopped_before_every_single_step(
+    torn: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    for step in range(all_steps(monkeypatch, tmp_path / "whole")):
+        root, told = tmp_path / str(step), list[str]()
+        with monkeypatch.context() as patch:
+            fake = install(FakeOs(stop_at=step, torn=torn), patch)
+            with pytest.raises(Crash):
+                encode(root, told.append)
+            gc.collect()
+            install(FakeOs(), patch)
+            assert set(told) <= durable(root), fake.log
+            encode(root)
+        assert snapshot(root) == expected, fake.log
+
+
+@pytest.mark.parametrize(("error", "torn"), [(errno.ENOSPC, True), (errno.EIO, False)])
+def test_every_single_step_fails(
+    error: int, torn: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    for step in range(all_steps(monkeypatch, tmp_path / "whole")):
+        root, told = tmp_path / str(step), list[str]()
+        with monkeypatch.context() as patch:
+            fake = install(FakeOs(stop_at=step, error=error, torn=torn), patch)
+            with pytest.raises(StorageError, match=r"cannot be (written|read): .+\. .+") as caught:
+                encode(root, told.append)
+            assert caught.value.hint
+            caught = None
+            gc.collect()
+            install(FakeOs(), patch)
+            assert set(told) <= durable(root), fake.log
+            encode(root)
+        assert snapshot(root) == expected, fake.log
+
+
+def test_a_kill_while_a_finished_cache_grows_keeps_it_readable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, undisturbed: Path
+) -> None:
+    before = CacheReader(undisturbed).manifest
+    for step in range(1000):
+        root = tmp_path / str(step)
+        shutil.copytree(undisturbed, root)
+        with monkeypatch.context() as patch:
+            install(FakeOs(stop_at=step), patch)
+            writer, through = None, False
+            try:
+                writer = CacheWriter.open(root, identity())
+                writer.commit([], [], TEXT_KEYS[0])
+                through = True
+            except Crash:
+                pass
+            del writer
+            gc.collect()
+        reader = CacheReader(root)
+        assert reader.manifest == before or reader.samples == []
+        if through:
+            assert step > 10
+            break
+        with monkeypatch.context() as patch:
+            install(FakeOs(), patch)
+            encode(root)
+        assert snapshot(root) == snapshot(undisturbed)
+
+
+def part_written(root: Path) -> None:
+    """A cache with one unfinished shard of three entries, two of them durable."""
+    writer = CacheWriter.open(root, identity())
+    writer.plan(LATENTS, LATENT_KEYS, CLIPS_PER_SHARD)
+    for job in writer.jobs(LATENTS, LATENT_KEYS):
+        job.append(entry(LATENT_KEYS[0]))
+        job.append(entry(LATENT_KEYS[2]))
+        break
+
+
+def cut(data: bytes, place: int) -> bytes:
+    return data[:place]
+
+
+def flip(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
+
+
+def glue(data: bytes, place: int) -> bytes:
+    return data + data[:place]
+
+
+@pytest.mark.parametrize("damage", [cut, flip, glue])
+@pytest.mark.parametrize(("suffix", "stride"), [("tar.part", 61), ("index.part", 7)])
+@pytest.mark.usefixtures("fast_disk")
+def test_torn_part_files(
+    damage: Callable[[bytes, int], bytes],
+    suffix: str,
+    stride: int,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+) -> None:
+    start = tmp_path / "start"
+    part_written(start)
+    name = f"latents/latents-00000.{suffix}"
+    whole = (start / name).read_bytes()
+    blocks = {block + near for block in range(512, len(whole), 512) for near in (-1, 0)}
+    for place in sorted({*range(0, len(whole), stride), *blocks, len(whole) - 1}):
+        root = tmp_path / str(place)
+        shutil.copytree(start, root)
+        (root / name).write_bytes(damage(whole, place))
+        encode(root)
+        assert snapshot(root) == expected, place
+
+
+def _over_the_limit(root: Path, pipe: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    pipe.send(_error_of(lambda: encode(root)))
+
+
+def _without_permission(root: Path, pipe: Connection) -> None:
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    pipe.send(_error_of(lambda: CacheWriter.open(root, identity())))
+
+
+def _error_of(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except CogcacheError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [(_over_the_limit, "larger than allowed"), (_without_permission, "no permission")],
+)
+def test_real_refusals_of_the_system(
+    body: Callable[[Path, Connection], None],
+    message: str,
+    processes: multiprocessing.context.ForkServerContext,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+) -> None:
+    root = tmp_path / "cache"
+    tmp_path.chmod(0o555)
+    if body is _over_the_limit:
+        tmp_path.chmod(0o755)
+    receive, send = processes.Pipe(duplex=False)
+    process = processes.Process(target=body, args=(root, send))
+    process.start()
+    send.close()
+    said = drain(receive)
+    process.join()
+    tmp_path.chmod(0o755)
+    assert said
+    assert said[0].startswith("StorageError: ")
+    assert message in said[0]
+    encode(root)
+    assert snapshot(root) == expected
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(StorageError, match="a file"):
+            CacheWriter.open(root, identity())
