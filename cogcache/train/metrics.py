@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -12,7 +14,15 @@ from cogcache.cache.files import storage_errors, write_atomic
 from cogcache.config import TrainConfig
 from cogcache.errors import ConfigError
 
-__all__ = ["METRICS_FILE", "MetricsFile", "TensorBoard", "Tracker", "WeightsAndBiases", "open_trackers"]
+__all__ = [
+    "METRICS_FILE",
+    "MetricsFile",
+    "TensorBoard",
+    "Tracker",
+    "WeightsAndBiases",
+    "check_trackers",
+    "open_trackers",
+]
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -68,10 +78,8 @@ class TensorBoard:
     """Scalars as TensorBoard event files in ``folder/tensorboard``."""
 
     def __init__(self, folder: Path, done: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise _missing("tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -88,10 +96,8 @@ class WeightsAndBiases:
     """Scalars to a Weights & Biases run; its environment variables choose project and mode."""
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise _missing("wandb") from None
+        import wandb
+
         self._run = wandb.init(dir=str(folder), name=folder.name, config=config.model_dump(mode="json"))
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -103,28 +109,38 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+def check_trackers(config: TrainConfig) -> None:
+    """Refuse trackers that cannot be opened, before anything is loaded.
+
+    Raises:
+        ConfigError: naming the package that is not installed.
+    """
+    for package in config.report_to:
+        if find_spec(package) is None:
+            raise ConfigError(
+                f"--report-to {package} needs a package that is not installed.",
+                f"Run: pip install {package}",
+            )
+
+
 def open_trackers(config: TrainConfig, folder: Path, done: int) -> list[Tracker]:
     """``metrics.jsonl`` and the trackers asked for.
 
     Args:
         done: Optimizer steps already behind; what was logged beyond them is cut off.
 
-    Raises:
-        ConfigError: if a tracker's package is not installed.
+    Returns:
+        Trackers that the caller closes.
     """
-    trackers: list[Tracker] = [MetricsFile(folder, done)]
-    if "tensorboard" in config.report_to:
-        trackers.append(TensorBoard(folder, done))
-    if "wandb" in config.report_to:
-        trackers.append(WeightsAndBiases(folder, config))
+    with ExitStack() as undo:
+        trackers: list[Tracker] = [undo.enter_context(closing(MetricsFile(folder, done)))]
+        if "tensorboard" in config.report_to:
+            trackers.append(undo.enter_context(closing(TensorBoard(folder, done))))
+        if "wandb" in config.report_to:
+            trackers.append(WeightsAndBiases(folder, config))
+        undo.pop_all()
     return trackers
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if isinstance(value, int | float)}
-
-
-def _missing(package: str) -> ConfigError:
-    return ConfigError(
-        f"--report-to {package} needs a package that is not installed.", f"Run: pip install {package}"
-    )

@@ -14,6 +14,7 @@ from cogcache.train.checkpoints import Checkpoint
 from cogcache.train.data import Samples
 from cogcache.train.devices import open_accelerator, set_matmul_precision
 from cogcache.train.loop import Trainer
+from cogcache.train.metrics import check_trackers
 from cogcache.train.model import LoraFile, add_lora, base_dtype, load_scheduler, load_transformer
 from cogcache.train.run import check_resume, claim_output, resolve_base, run_record
 
@@ -40,6 +41,7 @@ def train(config: TrainConfig) -> TrainResult:
         CogcacheError: one of its kinds, for everything that can be wrong with settings, cache, model or disk.
         StoppedError: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
+    check_trackers(config)
     reader = CacheReader(config.shards)
     root, model_id, variant = resolve_base(config, reader.manifest)
     samples = Samples(reader, variant, config)

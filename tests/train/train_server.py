@@ -67,6 +67,7 @@ def start(config: dict[str, object], processes: int) -> list[int]:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
                 "ACCELERATE_USE_CPU": "true",
+                "GLOO_SOCKET_IFNAME": "lo",
             }
         pid = os.fork()
         if pid == 0:
