@@ -45,6 +45,8 @@ def pipeline(root: Path, size: str, tiling: bool = True) -> AutoencoderKLCogVide
 def test_only_pictures_larger_than_a_tile_are_tiled(tiny_models: Models) -> None:
     root = tiny_models("2b")
     assert pipeline(root, "64x96").use_tiling
+    assert pipeline(root, "64x80").use_tiling
+    assert pipeline(root, "48x96").use_tiling
     assert not pipeline(root, "48x80").use_tiling
     assert not pipeline(root, "64x96", tiling=False).use_tiling
 
