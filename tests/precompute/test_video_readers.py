@@ -240,16 +240,23 @@ def packet_span(path: Path, number: int) -> tuple[int, int]:
         return packets[number].pos, packets[number].size
 
 
-@pytest.mark.parametrize("kind", ["zeros", "flipped"])
+def test_a_tail_that_was_never_written(made: Make, tmp_path: Path) -> None:
+    """Found on opening, however far behind the window it lies."""
+    data = bytearray(faststart(made("h264.mp4"), tmp_path).read_bytes())
+    begin, _ = packet_span(tmp_path / "front.mp4", 50)
+    data[begin:] = bytes(len(data) - begin)
+    path = tmp_path / "zeros.mp4"
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match="damaged: packet 50 holds only zeros"):
+        open_video(path, "auto")
+
+
 @pytest.mark.parametrize("choice", ["auto", "pyav"])
-def test_damage_in_the_middle(made: Make, tmp_path: Path, kind: str, choice: str) -> None:
+def test_damage_in_the_middle(made: Make, tmp_path: Path, choice: str) -> None:
     """decord would hand out the smeared pictures without a word."""
     data = bytearray(made("h264.mp4").read_bytes())
     begin, size = packet_span(made("h264.mp4"), 30)
-    if kind == "zeros":
-        data[begin : begin + size] = bytes(size)
-    else:
-        data[begin + size // 2] ^= 0xFF
+    data[begin + size // 2] ^= 0xFF
     path = tmp_path / "bad.mp4"
     path.write_bytes(data)
     with pytest.raises(VideoError, match="damaged"), open_video(path, choice) as reader:  # type: ignore[arg-type]
@@ -260,11 +267,11 @@ def test_fewer_packets_than_declared(made: Make, tmp_path: Path) -> None:
     """The index promises 60 frames; the media box was closed early, so no length gives it away."""
     data = bytearray(faststart(made("h264.mp4"), tmp_path).read_bytes())
     box = data.index(b"mdat") - 4
-    keep = (len(data) + box) // 2
+    keep, _ = packet_span(tmp_path / "front.mp4", 40)
     data[box : box + 4] = (keep - box).to_bytes(4, "big")
     path = tmp_path / "short.mp4"
     path.write_bytes(data[:keep])
-    with pytest.raises(VideoError, match=r"damaged: (60 frames declared, \d+ found|packet \d+ is cut short)"):
+    with pytest.raises(VideoError, match="damaged: 60 frames declared, 40 found"):
         open_video(path, "auto")
 
 
