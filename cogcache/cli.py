@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
+_CTRL_C = 130
 Family = Literal["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"]
 
 
@@ -172,10 +173,11 @@ def run(args: list[str] | None = None) -> int:
         _report(error)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        typer.secho("Stopped. What is finished stays; the same command goes on from there.", err=True)
-        return 130
+        result = _CTRL_C
     except Exception as error:
         return _outside(error)
+    if result == _CTRL_C:  # typer turns Ctrl-C inside a command into this result
+        typer.secho("Stopped. What is finished stays; the same command goes on from there.", err=True)
     return result if isinstance(result, int) else 0
 
 
