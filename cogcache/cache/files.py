@@ -168,12 +168,8 @@ class AppendFile:
         self.end = keep
         with storage_errors(path):
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                os.ftruncate(self._fd, keep)
-                os.lseek(self._fd, keep, os.SEEK_SET)
-            except OSError:
-                os.close(self._fd)
-                raise
+            os.ftruncate(self._fd, keep)
+            os.lseek(self._fd, keep, os.SEEK_SET)
 
     def append(self, data: bytes) -> None:
         """Add ``data`` and wait until it is on disk. After an error the file must be opened anew."""
@@ -181,6 +177,10 @@ class AppendFile:
             _write_all(self._fd, data)
             getattr(os, "fdatasync", os.fsync)(self._fd)
         self.end += len(data)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            close(self._fd)
 
     def close(self) -> None:
         """Close the file; twice does no harm."""

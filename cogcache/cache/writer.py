@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
+from weakref import WeakSet
 
 from cogcache.cache import tables
 from cogcache.cache.files import FileLock, make_folder, remove, remove_tree, storage_errors
@@ -57,7 +58,7 @@ class CacheWriter:
         self.root = root
         self.identity = identity
         self.journal = Journal(root / JOURNAL_FILE)
-        self._held: list[ShardJob] = []
+        self._held: WeakSet[ShardJob] = WeakSet()
         self._folders = {
             series: SeriesFolder(root, series, identity.model.variant, fingerprint)
             for series, fingerprint in identity.series.items()
@@ -120,7 +121,7 @@ class CacheWriter:
         ``wanted`` are all keys that this run can make, done or not: planned keys that are not among them
         are left out of their shard. Shards that other processes hold are skipped; see :meth:`busy`.
 
-        A job stays claimed until it is finished or closed, so work on the next may begin before. Closing the
+        A job stays claimed until it is finished, closed or forgotten, so work on the next may begin before. Closing the
         iterator before its end, as an exception in its loop does, closes its unfinished jobs; what they hold
         stays.
         """
@@ -151,7 +152,7 @@ class CacheWriter:
             undo.callback(claim.release)
             job = ShardJob(name, folder, wanted, claim, self._lock, self.journal)
             undo.pop_all()
-        self._held[:] = [held for held in self._held if held.open] + [job]
+        self._held.add(job)
         return job
 
     def busy(self) -> bool:
