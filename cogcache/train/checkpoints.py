@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cogcache.cache.files import make_folder, rename, storage_errors, sync_folder, write_file
-from cogcache.errors import CheckpointError
+from cogcache.errors import CheckpointError, StorageError
 from cogcache.lora import LORA_FILE_NAME
 
 __all__ = [
@@ -94,8 +94,7 @@ def save_checkpoint(
         _remove_tree(folder)
         make_folder(draft)
         save_lora(draft / LORA_FILE_NAME)
-        save_file(dict(optimizer), draft / OPTIMIZER_FILE)
-        _sync_file(draft / OPTIMIZER_FILE)
+        _save_tensors(draft / OPTIMIZER_FILE, optimizer)
         hashes = {name: _sha256(draft / name) for name in (LORA_FILE_NAME, OPTIMIZER_FILE)}
         record = {"step": state.step, "run": state.run, "scaler": state.scaler, "sha256": hashes}
         write_file(draft / STATE_FILE, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
@@ -113,7 +112,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync_file(path: Path) -> None:
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:  # how safetensors reports that the disk is full
+        raise StorageError(f"{path} cannot be written: {error}.", "Free some space, then resume.") from None
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

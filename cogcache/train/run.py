@@ -95,11 +95,12 @@ def claim_output(config: TrainConfig) -> tuple[Path, Checkpoint | None]:
     command can be repeated until the run is done; a *named* checkpoint that is missing is an error.
 
     Raises:
-        ConfigError: if the folder holds another run, or a finished LoRA and no checkpoint.
+        ConfigError: if the folder holds a run and ``--resume`` is not about it, or a finished LoRA and no
+            checkpoint.
         CheckpointError: if the checkpoint is missing or damaged.
     """
     output = output_folder(config)
-    if config.resume is None:
+    if not _goes_on_in(output, config.resume):
         _refuse_used(output)
     checkpoint = find_checkpoint(output, config.resume) if config.resume else None
     if checkpoint is None and (output / LORA_FILE_NAME).exists():
@@ -110,11 +111,16 @@ def claim_output(config: TrainConfig) -> tuple[Path, Checkpoint | None]:
     return output, checkpoint
 
 
+def _goes_on_in(output: Path, resume: str | None) -> bool:
+    """Whether ``--resume`` names a checkpoint of this very folder."""
+    return resume == "latest" or (resume is not None and Path(resume).resolve().parent == output.resolve())
+
+
 def _refuse_used(output: Path) -> None:
     traces = [output / LORA_FILE_NAME, output / METRICS_FILE, *list_checkpoints(output)]
-    found = [path.name for path in traces if path.exists()]
+    found = [path.name for path in traces if path.exists() and path.stat().st_size]
     if found:
         raise ConfigError(
             f"{output} already holds a run ({', '.join(found)}).",
-            "Add --resume latest to go on with it, or choose another --output.",
+            "Add --resume latest to go on with that run, or choose another --output.",
         )

@@ -76,6 +76,7 @@ def train(config: TrainConfig) -> TrainResult:
     if accelerator.is_main_process:
         trainer.write_lora(output / LORA_FILE_NAME)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return TrainResult(output / LORA_FILE_NAME, output, config.steps, loss)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from cogcache.config import TrainConfig
-from cogcache.errors import CheckpointError, ConfigError, MismatchError, StoppedError
+from cogcache.errors import CheckpointError, ConfigError, MismatchError, StoppedError, StorageError
 from cogcache.train import train
 from cogcache.train.report import Report
 
@@ -130,6 +131,34 @@ def test_a_missing_named_checkpoint_is_an_error(settings: Settings, tmp_path: Pa
     with pytest.raises(CheckpointError, match="there is no checkpoint folder"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_elsewhere_does_not_write_over_a_run(settings: Settings, tmp_path: Path) -> None:
+    train(settings(steps=1, checkpoint_every=1))
+    train(settings(steps=1, output=tmp_path / "other"))
+    elsewhere = str(tmp_path / "run" / "checkpoint-000001")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(settings(steps=2, output=tmp_path / "other", resume=elsewhere))
+    whole = train(settings(steps=2, output=tmp_path / "whole"))
+    branch = train(settings(steps=2, output=tmp_path / "branch", resume=elsewhere))
+    assert branch.lora.read_bytes() == whole.lora.read_bytes()
+
+
+def test_a_failing_write_stops_with_a_clear_error_and_no_half_checkpoint(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """A limit on file sizes lets the LoRA (22 kB) through and stops the optimizer's file (46 kB)."""
+    config = settings(steps=2, checkpoint_every=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"optimizer\.safetensors cannot be written"):
+            train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "run" / "checkpoint-000001").exists()
+    assert train(config.model_copy(update={"resume": "latest"})).loss
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 def test_an_output_folder_that_holds_a_run_is_refused(settings: Settings) -> None:
