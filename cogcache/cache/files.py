@@ -147,6 +147,8 @@ def append_line(path: Path, line: bytes) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+    if not size:
+        sync_folder(path.parent)
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from cogcache.cache.files import remove, rename, write_atomic, write_file
+from cogcache.cache.files import remove, rename, sync_folder, write_atomic, write_file
 from cogcache.cache.format import (
     FAILURES_FILE,
     IDENTITY_FILE,
@@ -52,6 +52,7 @@ def commit_tables(
     contents = {SAMPLES_FILE: _lines(samples), FAILURES_FILE: _lines(failures)}
     for name, data in contents.items():
         write_file(_pending(root, name), data)
+    sync_folder(root)
     tables = {
         name: TableRecord(rows=data.count(b"\n"), sha256=hashlib.sha256(data).hexdigest())
         for name, data in contents.items()

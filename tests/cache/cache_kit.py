@@ -182,6 +182,58 @@ class FakeOs:
         return step
 
 
+class PowerOs(FakeOs):
+    """Knows what a power cut would take: files and folders that were changed and not synced since."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dirty: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self, f"_{name}") if name in self.STEPS else getattr(os, name)
+
+    @staticmethod
+    def _name(fd: int) -> str:
+        return str(Path(f"/proc/self/fd/{fd}").readlink())
+
+    def _open(self, path: Path, flags: int, mode: int = 0o777) -> int:
+        passing = path.name == ".lock" or path.suffix in (".lock", ".tmp")
+        if flags & os.O_CREAT and not passing and not path.exists():
+            self.dirty.add(str(path.parent))
+        return os.open(path, flags, mode)
+
+    def _write(self, fd: int, data: bytes) -> int:
+        self.dirty.add(self._name(fd))
+        return os.write(fd, data)
+
+    def _fsync(self, fd: int) -> None:
+        self.dirty.discard(self._name(fd))
+
+    _fdatasync = _fsync
+
+    @staticmethod
+    def _ftruncate(fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def _replace(self, source: Path, target: Path) -> None:
+        self.log.append(target.name)
+        assert str(source) not in self.dirty
+        if target.name.endswith(
+            ("index.jsonl", "manifest.json")
+        ):  # what it vouches for must be there before it
+            assert not self.dirty
+        source.replace(target)
+        self.dirty.add(str(target.parent))
+
+    def _unlink(self, path: Path) -> None:
+        path.unlink()
+        self.dirty.add(str(path.parent))
+
+    def _makedirs(self, path: Path, exist_ok: bool) -> None:
+        self.dirty |= {str(p.parent) for p in (path, *path.parents) if not p.exists()}
+        path.mkdir(parents=True, exist_ok=exist_ok)
+
+
 def install(fake: FakeOs, monkeypatch: Any) -> FakeOs:
     """Let the cache write through ``fake`` from now on."""
     monkeypatch.setattr(files, "os", fake)

@@ -21,6 +21,7 @@ from cache_kit import (
     TEXT_KEYS,
     Crash,
     FakeOs,
+    PowerOs,
     encode,
     encode_and_tell,
     encode_until_idle,
@@ -30,6 +31,7 @@ from cache_kit import (
     snapshot,
 )
 
+from cogcache.cache import files
 from cogcache.cache.format import LATENTS, TEXT
 from cogcache.cache.reader import CacheReader
 from cogcache.cache.writer import CacheWriter
@@ -193,6 +195,25 @@ def test_a_kill_while_a_finished_cache_grows_keeps_it_readable(
             install(FakeOs(), patch)
             encode(root)
         assert snapshot(root) == snapshot(undisturbed)
+
+
+def test_a_power_cut_takes_nothing_that_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    with monkeypatch.context() as patch:
+        power = PowerOs()
+        patch.setattr(files, "os", power)
+        told = []
+
+        def done(key: str) -> None:
+            told.append(key)
+            assert not power.dirty
+
+        encode(tmp_path / "deep" / "cache", done)
+        assert not power.dirty
+    assert len(told) == len(set(told)) == len(LATENT_KEYS) - 1 + len(TEXT_KEYS)
+    assert {"latents-00000.tar", "latents-00000.index.jsonl", "manifest.json"} <= set(power.log)
+    assert snapshot(tmp_path / "deep" / "cache") == expected
 
 
 def part_written(root: Path) -> None:
