@@ -27,7 +27,9 @@ def setting(default: Any, description: str, *, panel: str = "", **limits: Any) -
 class CommandConfig(BaseModel):
     """Base of all command configs: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, defer_build=True, allow_inf_nan=False
+    )
 
 
 _DATA = "Clips and captions"

@@ -38,7 +38,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text("utf-8-sig"))
+        text = path.read_text("utf-8-sig")
+        content, twice = yaml.safe_load(text), _twice(yaml.compose(text, yaml.SafeLoader))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -47,7 +48,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold settings as 'name: value' lines.")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    if twice:
+        raise ConfigError(f"{path} gives {twice!r} twice.", "Keep one of the lines.")
+    return {_field_name(key): value for key, value in content.items()}
+
+
+def _field_name(key: object) -> str:
+    return str(key).replace("-", "_")
+
+
+def _twice(node: Any) -> str:
+    """The first key that a YAML mapping holds twice, spelt with _ or -; YAML itself lets the last one win."""
+    pairs = node.value if getattr(node, "id", "") == "mapping" else []
+    names = [_field_name(key.value) for key, _ in pairs]
+    return next((name for place, name in enumerate(names) if name in names[:place]), "")
 
 
 def save_config(config: BaseModel, path: Path) -> None:

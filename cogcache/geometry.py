@@ -44,9 +44,9 @@ def parse_size(text: str) -> Size:
     Raises:
         GeometryError: if the text is not two positive whole numbers joined by ``x``.
     """
-    match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX]\s*(\d{1,6})\s*", text)
     if not match or not int(match[1]) or not int(match[2]):
-        raise GeometryError(f"{text!r} is not a size.", "Give height x width in pixels: 480x720.")
+        raise GeometryError(f"{text[:40]!r} is not a size.", "Give height x width in pixels: 480x720.")
     return Size(int(match[1]), int(match[2]))
 
 

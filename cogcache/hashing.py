@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from cogcache.errors import ModelError
 
-__all__ = ["file_sha256", "weights_sha256"]
+__all__ = ["content_id", "file_sha256", "weights_sha256"]
 
 
 def file_sha256(path: Path) -> str:
@@ -32,6 +32,14 @@ def file_sha256(path: Path) -> str:
         digest = _sha256(stream)
     _remember(str(path), stamp, digest)
     return digest
+
+
+def content_id(path: Path) -> str:
+    """Hex sha256 of a file's bytes, or where it cannot be read a text that says so and belongs to it alone."""
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        return f"unreadable {path}: {error.strerror or error}"
 
 
 def weights_sha256(folder: Path) -> str:

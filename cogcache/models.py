@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,7 @@ from cogcache.errors import ConfigError, ModelError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Component", "pick_device", "resolve_model", "torch_dtype"]
+__all__ = ["Component", "loading", "pick_device", "resolve_model", "torch_dtype"]
 
 Component = Literal["vae", "text_encoder", "tokenizer", "transformer", "scheduler"]
 
@@ -72,6 +73,20 @@ def _download(model: str, components: Sequence[Component]) -> Path:
         ) from None
 
 
+@contextmanager
+def loading(part: str, root: Path) -> Iterator[None]:
+    """Within this, whatever the model libraries raise over damaged files becomes a :class:`ModelError`."""
+    try:
+        yield
+    except (
+        Exception
+    ) as error:  # OSError, ValueError, KeyError, SafetensorError...: all mean the same to the user
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(
+            f"the {part} in {root} cannot be loaded: {reason}", "Is the checkpoint whole? Fetch it again."
+        ) from error
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """``torch.bfloat16`` for ``"bfloat16"`` and so on; only floating dtypes."""
     import torch
@@ -102,6 +117,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"{name!r} is not a device.", "Give auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"{name!r} is not a device that can be used.", "Give auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"there is no device {name!r} here.", f"{torch.cuda.device_count()} CUDA devices are."

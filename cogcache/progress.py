@@ -52,7 +52,7 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        else:
+        elif kind is None or self.done:
             say(self._line())
 
     def advance(self, amount: int = 1, **notes: object) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from rich.markup import escape
 from rich.table import Table
 
 from cogcache.config import EncodeConfig, InferConfig, TrainConfig
@@ -167,6 +168,6 @@ def _tell(result: DemoResult) -> None:
     }
     table = Table("step", "made", "where", "seconds", title="Demo", title_justify="left")
     for name, path in result.made.items():
-        table.add_row(name, what[name], str(path), f"{result.seconds[name]:.1f}")
+        table.add_row(name, what[name], escape(str(path)), f"{result.seconds[name]:.1f}")
     console().print(table)
     say("The model's weights are random, so the generated frames are noise: this shows the way, not quality.")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cogcache.cache.format import IMAGES, LATENTS, TEXT, SampleRecord, digest, entry_key
-from cogcache.hashing import file_sha256
+from cogcache.hashing import content_id
 from cogcache.precompute.datasets import ClipItem
 from cogcache.precompute.images import ImageSource, draw_keys
 from cogcache.precompute.settings import EncodeSettings
@@ -67,7 +67,7 @@ def plan_clips(items: Sequence[ClipItem], settings: EncodeSettings) -> list[Clip
     Reads each file once to hash its content (remembered between runs).
     """
     with ThreadPoolExecutor(settings.config.workers) as pool:
-        hashes = list(pool.map(lambda item: file_sha256(item.path), items))
+        hashes = list(pool.map(content_id, (item.path for item in items)))
     prints = settings.identity().series
     seen: Counter[str] = Counter()
     clips = []

@@ -170,6 +170,7 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def _summary(result: EncodeResult) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     kept = result.clips - result.encoded - len(result.failures)
@@ -180,7 +181,7 @@ def _summary(result: EncodeResult) -> None:
     if result.failures:
         table = Table("clip", "reason", title="Failed", title_justify="left")
         for failure in result.failures[:20]:
-            table.add_row(failure.source, failure.reason)
+            table.add_row(escape(failure.source), escape(failure.reason))
         if len(result.failures) > 20:
             table.add_row("...", f"{len(result.failures) - 20} more")
         console().print(table)

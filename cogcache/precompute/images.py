@@ -17,7 +17,7 @@ from cogcache.cache.format import Entry, Fingerprint, entry_key
 from cogcache.draws import generator, seed_for
 from cogcache.errors import VideoError
 from cogcache.geometry import Size, plan_fit
-from cogcache.hashing import file_sha256
+from cogcache.hashing import content_id
 from cogcache.precompute.settings import SIGMA_LOG_MEAN, SIGMA_LOG_STD, EncodeSettings
 from cogcache.precompute.vae import FrozenVae, to_pixels
 from cogcache.precompute.video import ClipRequest, load_first_frame
@@ -41,7 +41,7 @@ class ImageSource:
     @classmethod
     def of_file(cls, path: Path, name: str) -> ImageSource:
         """A picture file."""
-        return cls(path, None, f"file {file_sha256(path)}", name)
+        return cls(path, None, f"file {content_id(path)}", name)
 
     @classmethod
     def of_clip(cls, path: Path, request: ClipRequest, sha256: str, name: str) -> ImageSource:

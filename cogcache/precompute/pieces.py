@@ -27,6 +27,8 @@ def latent_piece(clip: ClipWork) -> Piece[FrozenVae, Clip]:
         return Entry(clip.latents, {"moments": moments}, facts)
 
     def read() -> Clip:
+        if clip.sha256.startswith("unreadable"):
+            raise VideoError(f"cannot be read: {clip.sha256.rsplit(': ', 1)[1]}")  # its key names no content
         return load_clip(clip.item.path, clip.request)
 
     return Piece(clip.latents, clip.item.source, clip.latents, read, encode)

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from cogcache.cache.format import Fingerprint
-from cogcache.errors import ModelError
 from cogcache.hashing import file_sha256, weights_sha256
-from cogcache.models import torch_dtype
+from cogcache.models import loading, torch_dtype
 
 __all__ = ["FrozenText", "text_fingerprint"]
 
@@ -45,15 +44,13 @@ class FrozenText:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        try:
+        with loading("text encoder", root):
             self._tokenizer = AutoTokenizer.from_pretrained(
                 root / "tokenizer", local_files_only=True, trust_remote_code=False
             )
             model = T5EncoderModel.from_pretrained(
                 root / "text_encoder", dtype=torch_dtype(dtype), use_safetensors=True, local_files_only=True
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"the text encoder in {root} cannot be loaded: {error}") from None
         self._model = model.eval().requires_grad_(False).to(device)
         self._length = length
         self._device = device

@@ -11,7 +11,7 @@ from cogcache.cache.format import Fingerprint, digest
 from cogcache.errors import GeometryError, ModelError
 from cogcache.geometry import Size
 from cogcache.hashing import weights_sha256
-from cogcache.models import torch_dtype
+from cogcache.models import loading, torch_dtype
 from cogcache.variants import read_config
 
 __all__ = ["FrozenVae", "choose_tiling", "to_pixels", "vae_fingerprint"]
@@ -63,12 +63,10 @@ class FrozenVae:
     def __init__(self, root: Path, dtype: str, *, tiled: bool, device: torch.device) -> None:
         from diffusers import AutoencoderKLCogVideoX
 
-        try:
+        with loading("VAE", root):
             vae = AutoencoderKLCogVideoX.from_pretrained(
                 root / "vae", torch_dtype=torch_dtype(dtype), use_safetensors=True, local_files_only=True
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"the VAE in {root} cannot be loaded: {error}") from None
         vae.decoder = None
         vae.requires_grad_(False)
         vae.enable_slicing()
