@@ -115,7 +115,7 @@ def _train(output: Path, shards: Path, steps: int) -> Path:
         alpha=8,
         lr=2e-3,
         checkpoint_every=max(1, steps // 2),
-        resume="latest",
+        resume="latest" if list((output / "run").glob("checkpoint-*")) else None,
         workers=0,
     )
     return train(config).lora
