@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from cogcache.cache.format import IDENTITY_FILE, MANIFEST_FILE, VERSION, Identit
 from cogcache.cache.lines import dump_sealed, load_sealed
 from cogcache.errors import CacheError, DamagedCacheError, MismatchError
 
-__all__ = ["admit", "check_version", "read_identity", "write_identity"]
+__all__ = ["admit", "check_same", "check_version", "read_identity", "write_identity"]
 
 
 def admit(root: Path, wanted: Identity) -> Identity:
@@ -30,7 +31,7 @@ def admit(root: Path, wanted: Identity) -> Identity:
         merged = wanted
     else:
         found = read_identity(root)
-        _check_same(root, found, wanted)
+        check_same(root, found, wanted, wanted.series.keys())
         merged = wanted.model_copy(update={"series": {**found.series, **wanted.series}})
         if merged == found:
             return merged
@@ -84,8 +85,13 @@ def _check_empty(root: Path, wanted: Identity) -> None:
         )
 
 
-def _check_same(root: Path, found: Identity, wanted: Identity) -> None:
-    shared = wanted.series.keys() & found.series.keys()
+def check_same(root: Path, found: Identity, wanted: Identity, series: Collection[str]) -> None:
+    """Refuse where the model's facts differ, or a fingerprint of those of ``series`` that both have.
+
+    Raises:
+        MismatchError: naming every field.
+    """
+    shared = set(series) & wanted.series.keys() & found.series.keys()
     changed = differences(_fields(found, shared), _fields(wanted, shared))
     if changed:
         raise MismatchError(
@@ -95,7 +101,7 @@ def _check_same(root: Path, found: Identity, wanted: Identity) -> None:
         )
 
 
-def _fields(identity: Identity, series: Any) -> dict[str, Any]:
+def _fields(identity: Identity, series: Collection[str]) -> dict[str, Any]:
     """All that must agree, flat; the model's id is only where it was found."""
     fields: dict[str, Any] = {"backend": identity.backend}
     variant = identity.model.variant.model_dump(mode="json")

@@ -39,7 +39,7 @@ from cogcache.cache.format import (
     SampleRecord,
     SeriesRecord,
 )
-from cogcache.cache.identity import admit, read_identity, write_identity
+from cogcache.cache.identity import admit, check_same, read_identity, write_identity
 from cogcache.cache.index import check_key
 from cogcache.cache.job import ShardJob
 from cogcache.cache.journal import Journal
@@ -233,13 +233,17 @@ class CacheWriter:
                 )
 
 
-def drop_series(root: Path, series: str) -> None:
+def drop_series(root: Path, series: str, wanted: Identity) -> None:
     """Remove a series with all its shards, so that it can be made anew with any settings; the others stay.
 
     The manifest goes first: until the next commit the cache counts as unfinished. Nothing happens where the series
     or the cache is not there.
 
+    Args:
+        wanted: Identity of the run that will make it anew.
+
     Raises:
+        MismatchError: if anything but ``series`` differs from ``wanted``; then nothing is removed.
         CacheError: if another process is filling the series.
         StorageError: if something cannot be removed.
     """
@@ -249,6 +253,8 @@ def drop_series(root: Path, series: str) -> None:
         identity = read_identity(root)
         if series not in identity.series:
             return
+        wanted = Identity.model_validate(wanted.model_dump(mode="json"))
+        check_same(root, identity, wanted, wanted.series.keys() - {series})
         folder = SeriesFolder(root, series, identity.model.variant, identity.series[series])
         if any(CacheWriter._is_claimed(folder, name) for name in folder.unfinished()):
             raise CacheError(f"another process is filling {series} in {root}.", "Wait for it to end.")

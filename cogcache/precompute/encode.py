@@ -35,7 +35,10 @@ __all__ = ["EncodeResult", "encode", "encode_all"]
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """What a run did. ``manifest`` is ``None`` while another process still works on the cache."""
+    """What a run did. ``manifest`` is ``None`` while another process still works on the cache.
+
+    ``encoded``, ``captions`` and ``images`` count the entries made: latents, embeddings and image conditions.
+    """
 
     shards: Path
     manifest: Manifest | None
@@ -43,6 +46,7 @@ class EncodeResult:
     encoded: int
     captions: int
     failures: list[FailureRecord]
+    images: int = 0
 
 
 def encode(config: EncodeConfig) -> EncodeResult:
@@ -68,16 +72,21 @@ def encode_all(config: EncodeConfig) -> EncodeResult:
     settings = decide(config)
     clips = plan_clips(items, settings)
     if config.remake_images:
-        drop_series(settings.shards, IMAGES)
+        drop_series(settings.shards, IMAGES, settings.identity())
     writer = CacheWriter.open(settings.shards, settings.identity())
-    save_config(config, settings.shards / "encode.config.yaml")
-    pictures = _pictures(writer, clips, settings)
+    again = config.model_copy(update={"remake_images": False})  # done once, not each time the file is used
+    save_config(again, settings.shards / "encode.config.yaml")
+    latents, images = _pictures(writer, clips, settings)
     captions = _text(writer, clips, settings)
     manifest, failures = _commit(writer, clips, settings)
-    return EncodeResult(settings.shards, manifest, len(clips), pictures.encoded, captions.encoded, failures)
+    return EncodeResult(
+        settings.shards, manifest, len(clips), latents.encoded, captions.encoded, failures, images.encoded
+    )
 
 
-def _pictures(writer: CacheWriter, clips: Sequence[ClipWork], settings: EncodeSettings) -> Tally:
+def _pictures(
+    writer: CacheWriter, clips: Sequence[ClipWork], settings: EncodeSettings
+) -> tuple[Tally, Tally]:
     """Everything the VAE makes: latents, and for image-to-video the image conditions."""
     latents = [latent_piece(clip) for clip in clips]
     images = [piece for clip in clips for piece in image_pieces(clip, settings)]
@@ -89,12 +98,13 @@ def _pictures(writer: CacheWriter, clips: Sequence[ClipWork], settings: EncodeSe
     workers = settings.config.workers
     try:
         vae = cache(lambda: _load_vae(settings))
-        tally = encode_pieces(writer, LATENTS, latents, vae, unit="clips", workers=workers)
+        clip_tally = encode_pieces(writer, LATENTS, latents, vae, unit="clips", workers=workers)
+        image_tally = Tally()
         if images:
             entries = _per_shard(settings, settings.vae_dtype, channels * height * width)
             writer.plan(IMAGES, [piece.key for piece in images], entries)
-            encode_pieces(writer, IMAGES, images, vae, unit="image conditions", workers=workers)
-        return tally
+            image_tally = encode_pieces(writer, IMAGES, images, vae, unit="image conditions", workers=workers)
+        return clip_tally, image_tally
     finally:
         del vae
         _free_memory()
@@ -173,10 +183,12 @@ def _summary(result: EncodeResult) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    kept = result.clips - result.encoded - len(result.failures)
+    # A clip that failed for its image alone, or shares its latent with another, counts in both or in neither.
+    kept = max(0, result.clips - result.encoded - len(result.failures))
+    images = f" {result.images} image conditions encoded." if result.images else ""
     say(
         f"{result.shards}: {result.encoded} clips encoded, {kept} already there, {len(result.failures)} failed; "
-        f"{result.captions} captions encoded."
+        f"{result.captions} captions encoded.{images}"
     )
     if result.failures:
         table = Table("clip", "reason", title="Failed", title_justify="left")

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from cogcache.cache.format import IDENTITY_FILE, IMAGES, LATENTS, TEXT, Fingerprint, Identity, ModelRecord
+from cogcache.cache.identity import read_identity
 from cogcache.config import EncodeConfig
+from cogcache.errors import ConfigError
 from cogcache.geometry import Size, parse_size
 from cogcache.models import Component, pick_device, resolve_model
 from cogcache.precompute.text import text_fingerprint
@@ -87,12 +89,15 @@ def decide(config: EncodeConfig) -> EncodeSettings:
 
     Raises:
         ModelError, GeometryError, ConfigError: if something does not fit.
+        DamagedCacheError: if a cache is there and its identity cannot be read.
     """
     root = resolve_model(config.model, _COMPONENTS)
     variant = read_variant(root)
     frames = config.frames or variant.sample_frames
     size = parse_size(config.size) if config.size else variant.default_size
     variant.check_clip(frames, size)
+    if config.remake_images and variant.task != "i2v":
+        raise ConfigError("this model is text-to-video: there are no image conditions to remake.")
     shards = config.shards or Path("shards") / config.data_root.resolve().name
     device = pick_device(config.device)
     vae_dtype = weights_dtype(root / "vae") if config.vae_dtype == "auto" else config.vae_dtype
@@ -120,11 +125,6 @@ def _fps(wanted: str, variant: Variant) -> float | None:
 
 def _tiled(config: EncodeConfig, shards: Path, size: Size, dtype: str, device: torch.device) -> bool:
     """A cache begun with one choice keeps it: what ``auto`` finds depends on the memory free today."""
-    identity = shards / IDENTITY_FILE
-    if config.tiling == "auto" and identity.is_file():
-        try:
-            found = Identity.model_validate_json(identity.read_text("utf-8"))
-        except (OSError, ValueError):
-            return choose_tiling(config.tiling, size, dtype, device)  # opening the cache reports the damage
-        return bool(found.series.get(LATENTS, {}).get("vae_tiling", "off") != "off")
+    if config.tiling == "auto" and (shards / IDENTITY_FILE).is_file():
+        return bool(read_identity(shards).series.get(LATENTS, {}).get("vae_tiling", "off") != "off")
     return choose_tiling(config.tiling, size, dtype, device)
