@@ -129,7 +129,7 @@ def _infer(output: Path, lora: Path, prompt: str) -> list[Path]:
 
 
 def _picture(output: Path, lora: Path, video: Path, family: Family, prompt: str) -> Path:
-    from cogcache.precompute.video import open_video
+    from cogcache.video import open_video
 
     generated = open_video(video, "auto")
     fps = generated.info.fps

@@ -12,7 +12,7 @@ from cogcache.hashing import content_id
 from cogcache.precompute.datasets import ClipItem
 from cogcache.precompute.images import ImageSource, draw_keys
 from cogcache.precompute.settings import EncodeSettings
-from cogcache.precompute.video import ClipRequest, Window
+from cogcache.video import ClipRequest, Window
 
 __all__ = ["ClipWork", "plan_clips", "text_key"]
 

@@ -16,12 +16,11 @@ import torch
 from cogcache.cache.format import Entry, Fingerprint, entry_key
 from cogcache.draws import generator, seed_for
 from cogcache.errors import VideoError
-from cogcache.geometry import Size, plan_fit
 from cogcache.hashing import content_id
+from cogcache.pictures import load_picture
 from cogcache.precompute.settings import SIGMA_LOG_MEAN, SIGMA_LOG_STD, EncodeSettings
 from cogcache.precompute.vae import FrozenVae, to_pixels
-from cogcache.precompute.video import ClipRequest, load_first_frame
-from cogcache.precompute.video.fitting import fit_frame
+from cogcache.video import ClipRequest, load_first_frame
 
 __all__ = ["ImageSource", "clean_key", "draw_keys", "encode_draw"]
 
@@ -57,7 +56,7 @@ class ImageSource:
         """
         if self.request is not None:
             return load_first_frame(self.path, self.request)
-        return _load_picture(self.path, settings)
+        return load_picture(self.path, settings.size, settings.config.fit, settings.config.interpolation)
 
 
 def draw_keys(fingerprint: Fingerprint, source: ImageSource, draws: int) -> list[str]:
@@ -102,17 +101,3 @@ def encode_draw(
         "seed": seed_for(*purpose),
     }
     return Entry(key, {"latents": latents.contiguous()}, facts)
-
-
-def _load_picture(path: Path, settings: EncodeSettings) -> torch.Tensor:
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise VideoError(f"the image cannot be read: {error}") from None
-    pixels = torch.from_numpy(np.asarray(upright).copy())
-    plan = plan_fit(Size(upright.height, upright.width), settings.size, settings.config.fit)
-    return fit_frame(pixels, plan, settings.config.interpolation)

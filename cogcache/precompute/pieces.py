@@ -11,7 +11,7 @@ from cogcache.precompute.images import ImageSource, encode_draw
 from cogcache.precompute.settings import EncodeSettings
 from cogcache.precompute.stages import Piece
 from cogcache.precompute.vae import FrozenVae
-from cogcache.precompute.video import Clip, load_clip
+from cogcache.video import Clip, load_clip
 
 __all__ = ["image_pieces", "latent_piece"]
 

@@ -24,8 +24,8 @@ import torch
 from diffusers.models.autoencoders import autoencoder_kl_cogvideox
 from transformers.models.t5 import modeling_t5, tokenization_t5
 
-from cogcache import cli
-from cogcache.precompute import encode, video
+from cogcache import cli, video
+from cogcache.precompute import encode
 
 # Imported once, for the children.
 _ = autoencoder_kl_cogvideox, modeling_t5, tokenization_t5, encode, video

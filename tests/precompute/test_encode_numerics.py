@@ -21,11 +21,11 @@ from cogcache.draws import generator
 from cogcache.geometry import parse_size
 from cogcache.models import torch_dtype
 from cogcache.precompute import encode_all
-from cogcache.precompute.video import ClipRequest, load_clip
 from cogcache.tiny import Family
 from cogcache.train.model import add_lora
 from cogcache.train.objective import loss_per_sample, padded_frames
 from cogcache.variants import Variant, read_variant
+from cogcache.video import ClipRequest, load_clip
 
 FAMILIES: tuple[Family, ...] = ("2b", "5b", "1.5-5b")
 

@@ -275,7 +275,7 @@ from cogcache.config import TrainConfig
 from cogcache.train import train
 train(TrainConfig(shards=Path(sys.argv[1]), output=Path(sys.argv[2]), steps=2, rank=2, device="cpu"))
 heavy = ("diffusers.models.autoencoders", "diffusers.pipelines.", "transformers.models.t5", "decord", "av", "cv2",
-         "imageio", "cogcache.precompute", "cogcache.infer", "wandb", "torch.utils.tensorboard")
+         "imageio", "cogcache.precompute", "cogcache.video", "cogcache.infer", "wandb", "torch.utils.tensorboard")
 found = [m for m in sys.modules if any(m == h.rstrip(".") and not h.endswith(".") or
          m.startswith(h.rstrip(".") + ".") for h in heavy)]
 print("FOUND", sorted(m for m in found if m not in ALLOWED))

@@ -2,7 +2,7 @@
 
 The way of one clip: :mod:`probe` looks at the container and judges whether the file is whole; :mod:`choose`
 picks decord or PyAV for it; :mod:`picking` turns timestamps into frame indices; the reader hands over those
-frames upright; :mod:`fitting` resizes and crops each as it comes; :mod:`clip` strings this together.
+frames upright; :mod:`cogcache.pictures` resizes and crops each as it comes; :mod:`clip` strings this together.
 
 Colours are converted with the matrix and range that the stream declares (BT.601, limited, where it declares
 none, as FFmpeg does). HDR transfer curves are not tone-mapped.
@@ -10,10 +10,10 @@ none, as FFmpeg does). HDR transfer curves are not tone-mapped.
 
 from __future__ import annotations
 
-from cogcache.precompute.video.choose import open_video
-from cogcache.precompute.video.clip import Clip, ClipRequest, load_clip, load_first_frame
-from cogcache.precompute.video.picking import Window
-from cogcache.precompute.video.protocol import VideoInfo, VideoReader
+from cogcache.video.choose import open_video
+from cogcache.video.clip import Clip, ClipRequest, load_clip, load_first_frame
+from cogcache.video.picking import Window
+from cogcache.video.protocol import VideoInfo, VideoReader
 
 __all__ = [
     "Clip",

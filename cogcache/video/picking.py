@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from cogcache.errors import TooShortError
-from cogcache.precompute.video.protocol import Timestamps
+from cogcache.video.protocol import Timestamps
 
 __all__ = ["Picked", "Window", "frames_available", "pick"]
 

@@ -14,7 +14,7 @@ from making_videos import HEIGHT, WIDTH, X264, ffmpeg, numbers, picture, write_v
 
 from cogcache.errors import VideoError
 from cogcache.geometry import Size
-from cogcache.precompute.video import open_video
+from cogcache.video import open_video
 
 Make = Callable[[Path], Path]
 

@@ -11,7 +11,7 @@ import torch
 from cogcache.errors import TooShortError, VideoError
 from cogcache.geometry import Size
 from cogcache.precompute.datasets import find_clips
-from cogcache.precompute.video import ClipRequest, load_clip, open_video
+from cogcache.video import ClipRequest, load_clip, open_video
 
 SIZE = Size(48, 80)
 BROKEN = {

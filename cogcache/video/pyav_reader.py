@@ -9,9 +9,9 @@ from typing import Any
 from av.video.reformatter import VideoReformatter
 
 from cogcache.errors import VideoError
-from cogcache.precompute.video.container import damaged, decode_all, open_container, video_stream
-from cogcache.precompute.video.probe import Probe
-from cogcache.precompute.video.protocol import Frame, StreamedReader
+from cogcache.video.container import damaged, decode_all, open_container, video_stream
+from cogcache.video.probe import Probe
+from cogcache.video.protocol import Frame, StreamedReader
 
 __all__ = ["PyAVReader"]
 

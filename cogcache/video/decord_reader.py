@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from cogcache.errors import VideoError
-from cogcache.precompute.video.probe import Probe
-from cogcache.precompute.video.protocol import Frame, StreamedReader
-from cogcache.precompute.video.pyav_reader import PyAVReader
+from cogcache.video.probe import Probe
+from cogcache.video.protocol import Frame, StreamedReader
+from cogcache.video.pyav_reader import PyAVReader
 
 __all__ = ["DecordReader", "unfit_for_decord"]
 

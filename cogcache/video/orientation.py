@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cogcache.precompute.video.protocol import Frame
+from cogcache.video.protocol import Frame
 
 __all__ = ["Orientation", "frame_orientation"]
 

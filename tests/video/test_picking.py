@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogcache.errors import TooShortError
-from cogcache.precompute.video.picking import Picked, Window, pick
+from cogcache.video.picking import Picked, Window, pick
 
 START = Window()
 

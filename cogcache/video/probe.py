@@ -26,11 +26,11 @@ import av
 
 from cogcache.errors import VideoError
 from cogcache.geometry import Size
-from cogcache.precompute.video.container import damaged, open_container, video_stream
-from cogcache.precompute.video.orientation import Orientation, frame_orientation
-from cogcache.precompute.video.protocol import Timestamps, VideoInfo
-from cogcache.precompute.video.timeline import clock, frame_timeline, packet_timeline
-from cogcache.precompute.video.wholeness import missing_bytes
+from cogcache.video.container import damaged, open_container, video_stream
+from cogcache.video.orientation import Orientation, frame_orientation
+from cogcache.video.protocol import Timestamps, VideoInfo
+from cogcache.video.timeline import clock, frame_timeline, packet_timeline
+from cogcache.video.wholeness import missing_bytes
 
 __all__ = ["Probe", "probe"]
 

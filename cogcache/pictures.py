@@ -1,17 +1,42 @@
-"""One upright picture to the size the model takes."""
+"""One picture: read upright from a file, and fitted to the size the model takes.
+
+Encoding and inference share it, so that a first frame given at inference looks as those in training did.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from cogcache.geometry import FitPlan
+from cogcache.errors import VideoError
+from cogcache.geometry import FitMode, FitPlan, Size, plan_fit
 
-__all__ = ["Interpolation", "fit_frame"]
+__all__ = ["Interpolation", "fit_frame", "load_picture"]
 
 Interpolation = Literal["bicubic", "bilinear"]
+
+
+def load_picture(
+    path: Path, size: Size, fit: FitMode = "cover", interpolation: Interpolation = "bicubic"
+) -> torch.Tensor:
+    """Read a picture file, turn it upright by its EXIF orientation, and fit it: uint8 RGB [H, W, 3].
+
+    Raises:
+        VideoError: with the reason (without the file's name), if it cannot be read.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise VideoError(f"the image cannot be read: {error}") from None
+    pixels = torch.from_numpy(np.asarray(upright).copy())
+    return fit_frame(pixels, plan_fit(Size(upright.height, upright.width), size, fit), interpolation)
 
 
 def fit_frame(frame_hwc: torch.Tensor, plan: FitPlan, interpolation: Interpolation) -> torch.Tensor:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from cogcache.errors import VideoError
-from cogcache.precompute.video.decord_reader import DecordReader, unfit_for_decord
-from cogcache.precompute.video.probe import Probe, probe
-from cogcache.precompute.video.protocol import VideoReader
-from cogcache.precompute.video.pyav_reader import PyAVReader
+from cogcache.video.decord_reader import DecordReader, unfit_for_decord
+from cogcache.video.probe import Probe, probe
+from cogcache.video.protocol import VideoReader
+from cogcache.video.pyav_reader import PyAVReader
 
 __all__ = ["ReaderChoice", "open_video"]
 

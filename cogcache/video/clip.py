@@ -11,10 +11,10 @@ import torch
 
 from cogcache.errors import TooShortError, VideoError
 from cogcache.geometry import FitMode, FitPlan, Size, plan_fit
-from cogcache.precompute.video.choose import ReaderChoice, open_video
-from cogcache.precompute.video.fitting import Interpolation, fit_frame
-from cogcache.precompute.video.picking import Picked, Window, pick
-from cogcache.precompute.video.protocol import VideoReader
+from cogcache.pictures import Interpolation, fit_frame
+from cogcache.video.choose import ReaderChoice, open_video
+from cogcache.video.picking import Picked, Window, pick
+from cogcache.video.protocol import VideoReader
 
 __all__ = ["Clip", "ClipRequest", "load_clip", "load_first_frame"]
 

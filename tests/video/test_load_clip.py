@@ -16,8 +16,8 @@ from making_videos import HEIGHT, WIDTH, X264, ffmpeg, numbers, picture, write_v
 from cogcache.errors import TooShortError
 from cogcache.geometry import Size
 from cogcache.precompute.datasets import find_clips
-from cogcache.precompute.video import ClipRequest, Window, load_clip
-from cogcache.precompute.video.decord_reader import DecordReader
+from cogcache.video import ClipRequest, Window, load_clip
+from cogcache.video.decord_reader import DecordReader
 
 DEMO = Path(__file__).parents[2] / "cogcache" / "demo" / "bunny"
 SIZE = Size(HEIGHT, WIDTH)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cogcache.geometry import Size, plan_fit
-from cogcache.precompute.video.fitting import fit_frame
+from cogcache.pictures import fit_frame
 
 
 def noise(height: int, width: int) -> torch.Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 import av
 import numpy as np
 
-from cogcache.precompute.video.container import damaged, decode_all, open_container, video_stream
-from cogcache.precompute.video.protocol import Timestamps
+from cogcache.video.container import damaged, decode_all, open_container, video_stream
+from cogcache.video.protocol import Timestamps
 
 __all__ = ["Timeline", "clock", "frame_timeline", "packet_timeline"]
 
