@@ -89,7 +89,7 @@ class FrozenVae:
             (size.height, vae.tile_sample_min_height, vae.tile_overlap_factor_height),
             (size.width, vae.tile_sample_min_width, vae.tile_overlap_factor_width),
         ):
-            if _tiled_extent(length, tile, overlap) != length // 8:
+            if not _tiles_add_up(length, tile, overlap):
                 raise GeometryError(
                     f"{size} cannot be encoded in tiles of {tile} pixels: they do not add up.",
                     "Use --tiling off.",
@@ -129,9 +129,14 @@ def to_pixels(frames_bfhwc: torch.Tensor) -> torch.Tensor:
     return frames_bfhwc.permute(0, 4, 1, 2, 3).to(torch.float32).div(255.0).mul(2.0).sub(1.0)
 
 
-def _tiled_extent(length: int, tile: int, overlap: float) -> int:
-    """Latent rows (or columns) that ``AutoencoderKLCogVideoX.tiled_encode`` returns for ``length`` pixels."""
+def _tiles_add_up(length: int, tile: int, overlap: float) -> bool:
+    """Whether ``AutoencoderKLCogVideoX.tiled_encode`` returns all latent rows (or columns) of ``length`` pixels.
+
+    It cuts a tile every ``tile * (1 - overlap)`` pixels and keeps of each latent tile at most what does not
+    overlap the next. A last tile of under 8 pixels does not even get through the encoder.
+    """
     latent_tile = tile // 8
     limit = latent_tile - int(latent_tile * overlap)
     step = int(tile * (1 - overlap))
-    return sum(min(limit, min(tile, length - start) // 8) for start in range(0, length, step))
+    tiles = [min(tile, length - start) // 8 for start in range(0, length, step)]
+    return min(tiles) > 0 and sum(min(limit, rows) for rows in tiles) == length // 8

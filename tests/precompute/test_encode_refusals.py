@@ -13,6 +13,7 @@ import pytest
 from cogcache.cache.reader import CacheReader
 from cogcache.cli import run
 from cogcache.config import EncodeConfig
+from cogcache.config_io import load_config
 from cogcache.errors import DamagedCacheError
 from cogcache.precompute import encode_all
 from cogcache.tiny import Family
@@ -309,10 +310,8 @@ def test_clip_that_vanishes_or_cannot_be_opened(encode: Encode, clips_root: Path
 
 
 def test_settings_are_saved_and_load_back(
-    encode: Encode, settings: Callable[..., EncodeConfig], tmp_path: Path, finished: Path
+    settings: Callable[..., EncodeConfig], tmp_path: Path, finished: Path
 ) -> None:
-    from cogcache.config_io import load_config
-
     config = settings(data_root=finished / "clips", workers=1)
     encode_all(config)
     saved = tmp_path / "shards" / "encode.config.yaml"
