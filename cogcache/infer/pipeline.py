@@ -8,8 +8,9 @@ from typing import Any
 from cogcache.infer.plan import PIPELINES, Plan
 from cogcache.models import pick_device, torch_dtype
 from cogcache.quiet import quiet_libraries
+from cogcache.tiling import set_decode_tiling
 
-__all__ = ["load_pipeline", "tiles_join"]
+__all__ = ["load_pipeline"]
 
 _log = logging.getLogger(__name__)
 _ADAPTER = "cogcache"
@@ -31,7 +32,7 @@ def load_pipeline(plan: Plan) -> Any:
     if plan.lora:
         _set_lora(pipe, plan)
     if plan.config.tiling:
-        _set_tiling(pipe.vae, plan)
+        set_decode_tiling(pipe.vae, plan.size)
     _place(pipe, plan)
     return pipe
 
@@ -51,33 +52,6 @@ def _set_lora(pipe: Any, plan: Plan) -> None:
     pipe.set_adapters([_ADAPTER], [plan.config.lora_scale])
     if plan.config.fuse:
         pipe.fuse_lora()  # merges at the weight set above
-
-
-def _set_tiling(vae: Any, plan: Plan) -> None:
-    tile = (vae.tile_sample_min_height, vae.tile_sample_min_width)
-    if plan.size.height <= tile[0] and plan.size.width <= tile[1]:
-        return
-    if tiles_join(vae):
-        vae.enable_tiling()
-    else:
-        _log.warning("This VAE's tiles of %dx%d do not join without gaps; decoding whole pictures.", *tile)
-
-
-def tiles_join(vae: Any) -> bool:
-    """Whether the tiled decoder of ``AutoencoderKLCogVideoX`` returns the size it should.
-
-    It steps by whole latent pixels but cuts tiles in picture pixels. Both are rounded and agree only for some
-    tile sizes, the real models' 240x360 among them.
-    """
-    sides = (
-        (vae.tile_latent_min_height, vae.tile_sample_min_height, vae.tile_overlap_factor_height),
-        (vae.tile_latent_min_width, vae.tile_sample_min_width, vae.tile_overlap_factor_width),
-    )
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    return all(
-        int(latent * (1 - overlap)) * factor == pixels - int(pixels * overlap)
-        for latent, pixels, overlap in sides
-    )
 
 
 def _place(pipe: Any, plan: Plan) -> None:

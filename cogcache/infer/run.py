@@ -28,7 +28,7 @@ def infer(config: InferConfig) -> list[Path]:
     """
     plan = plan_inference(config)
     _prepare_folder(plan)
-    from cogcache.infer.mp4 import write_mp4
+    from cogcache.mp4 import write_mp4
     from cogcache.infer.pipeline import load_pipeline
 
     pipe = load_pipeline(plan)

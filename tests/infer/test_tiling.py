@@ -11,8 +11,9 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from cogcache.config import InferConfig
-from cogcache.infer.pipeline import load_pipeline, tiles_join
+from cogcache.infer.pipeline import load_pipeline
 from cogcache.infer.plan import plan_inference
+from cogcache.tiling import tiles_join
 from cogcache.tiny import Family
 
 Models = Callable[[Family], Path]

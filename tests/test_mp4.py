@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cogcache.errors import StorageError
-from cogcache.infer.mp4 import write_mp4
+from cogcache.mp4 import write_mp4
 
 
 def colours() -> np.ndarray:
