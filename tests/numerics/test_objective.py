@@ -1,10 +1,9 @@
 """The objective against the installed schedulers and pipelines.
 
-Mutations tried, each caught: scaling by 1/scaling_factor; padding appended instead of prepended; padding only when
-the count already divides; noise drawn once a batch (same timestep for all); posterior mean instead of a sample;
-alphas without the SNR shift; alphas cast to bfloat16 before noising; layout [B, C, F, H, W] passed on;
-v target with the signs swapped; text-to-video input without ``ofs`` where the model has it; image latent
-multiplied where the pipeline divides; image latent repeated in every frame.
+Mutations tried, each caught: scaling by 1/scaling_factor; padding appended instead of prepended; one timestep for
+the whole batch; one mean over the batch; posterior mean instead of a sample; log-variance not clamped; alphas cast to
+bfloat16 before noising; v target with the signs swapped; another ``ofs``; image latent multiplied where the pipeline
+divides; image latent in every frame; image before video on the channel axis.
 """
 
 from __future__ import annotations

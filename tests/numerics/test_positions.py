@@ -1,7 +1,8 @@
 """Rotary positions against the stock pipelines' own method.
 
-Mutations tried, each caught: slice positions for 1.0 models; the current grid instead of the sample grid as
-``max_size`` for 1.5; frames not divided by ``patch_size_t``; ``floor`` instead of ``round`` in the crop region.
+Mutations tried, each caught: slice positions for 1.0 models; frames not divided by ``patch_size_t``; truncation
+instead of rounding in the crop region. (The current grid as ``max_size`` for 1.5 changes nothing: a slice of a longer
+range is the same range.)
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ def test_tables_are_the_pipelines(
         ("1.0", "5b", 49, Size(480, 720)),
         ("1.0", "5b", 49, Size(720, 480)),
         ("1.0", "5b", 81, Size(256, 256)),
+        ("1.0", "5b", 49, Size(448, 640)),
+        ("1.0", "5b", 49, Size(272, 480)),
         ("1.5", "1.5-5b", 81, Size(768, 1360)),
         ("1.5", "1.5-5b", 49, Size(480, 720)),
         ("1.5", "1.5-5b", 81, Size(768, 768)),

@@ -1,7 +1,6 @@
 """Plans, draws and reading ahead.
 
-Mutations tried, each caught: draws without the epoch, without the sample id, from one stream for two purposes;
-dropout drawn once for all epochs; filler counted as real.
+Mutations tried, each caught: draws without the epoch; one stream for two purposes; plans that start over on resume.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A run that is stopped and resumed equals one that never was; what does not fit is refused.
 
-Mutations tried, each caught: order or draws keyed by the step since start instead of the step of the run;
-optimizer moments not restored; metrics not cut back; LoRA dropout not reseeded.
+Mutations tried, each caught: optimizer moments not restored; gradients not cleared; metrics not cut back;
+checksums not looked at.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Whole trainings of tiny models.
 
 Mutations tried, each caught: loss divided by the microbatch instead of the step; no factor for data parallelism;
-clipping at every microbatch; fillers with weight 1; noise or order depending on workers; base not frozen.
+fillers with weight 1; gradients clipped before they are unscaled, or not cleared; LoRA dropout not reseeded; no look at
+non-finite losses.
 """
 
 from __future__ import annotations
