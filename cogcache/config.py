@@ -11,7 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 __all__ = ["EncodeConfig", "InferConfig", "TrainConfig", "setting"]
 
@@ -37,8 +45,10 @@ _FRAMES = "Frames and pictures"
 _ENCODER = "Encoders"
 _CACHE = "Cache"
 _IMAGES = "Image conditions"
+_VALIDATION = "Validation"
 _RUN = "Run"
 _LORA = "LoRA"
+"""Settings in this panel make no sense where all weights are trained."""
 _OPTIM = "Optimisation"
 _CKPT = "Checkpoints and logs"
 _DEVICE = "Device and precision"
@@ -129,6 +139,18 @@ class EncodeConfig(CommandConfig):
         "Drop the image conditions of this cache and make them anew; latents and text stay.",
         panel=_IMAGES,
     )
+    validation_prompts: Path | None = setting(
+        None,
+        "Text file with one prompt a line: training can then sample videos from them without any encoder. "
+        "Replaces those the cache has; without this flag they are kept.",
+        panel=_VALIDATION,
+    )
+    validation_images: Path | None = setting(
+        None,
+        "Image-to-video models only: text file with the path of one picture a line, relative to it, for the prompt of "
+        "the same line.",
+        panel=_VALIDATION,
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.", panel=_RUN)
     workers: int = setting(2, "Threads that decode video ahead of the encoder.", panel=_RUN, ge=1)
     shard_size: float = setting(256.0, "Size at which a shard is full, in MB.", panel=_CACHE, gt=0)
@@ -160,6 +182,12 @@ class TrainConfig(CommandConfig):
     )
     seed: int = setting(
         42, "Decides every draw: order, noise, timesteps, posterior, dropout.", panel=_RUN, ge=0
+    )
+    training_type: Literal["lora", "full"] = setting(
+        "lora",
+        "lora: a small adapter in the frozen transformer; full: every weight, in float32, which takes about "
+        "16 bytes of GPU memory for each.",
+        panel=_RUN,
     )
     steps: int = setting(500, "Optimizer steps.", panel=_OPTIM, ge=1)
     batch_size: int = setting(1, "Samples in one forward pass, per process.", panel=_OPTIM, ge=1)
@@ -206,7 +234,7 @@ class TrainConfig(CommandConfig):
     )
     dtype: DtypeChoice = setting(
         "auto",
-        "Precision of the frozen base; auto is that of its weights. The LoRA is always float32.",
+        "Precision the base computes in; auto is that of its weights. What is trained is held in float32.",
         panel=_DEVICE,
     )
     device: str = setting(
@@ -230,18 +258,70 @@ class TrainConfig(CommandConfig):
         [], "Also log to tensorboard and/or wandb. Repeat the flag.", panel=_CKPT
     )
 
+    @model_validator(mode="after")
+    def _no_lora_settings_in_full(self) -> TrainConfig:
+        given = sorted(_lora_settings() & self.model_fields_set)
+        if self.training_type == "full" and given:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"--training-type full trains no LoRA: leave {flags} out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_lora_settings_in_full(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        settings: dict[str, Any] = dump(self)
+        unused = _lora_settings() if self.training_type == "full" else frozenset()
+        return {name: value for name, value in settings.items() if name not in unused}
+
+
+def _lora_settings() -> frozenset[str]:
+    """Names of the training settings that are about the LoRA."""
+    extras = {name: field.json_schema_extra for name, field in TrainConfig.model_fields.items()}
+    return frozenset(name for name, e in extras.items() if isinstance(e, dict) and e.get("panel") == _LORA)
+
 
 class InferConfig(CommandConfig):
     """Settings of ``cogcache infer``."""
 
     lora: Path | None = setting(
-        None, "LoRA file (.safetensors). Without it the base model generates.", panel=_RUN
+        None,
+        "LoRA file (.safetensors) or PEFT adapter folder, of this or another trainer. Without it the base "
+        "model generates.",
+        panel=_RUN,
+    )
+    lora_alpha: float | None = setting(
+        None,
+        "Alpha that the LoRA was trained with, for files that do not say it. Default: its rank, as diffusers takes "
+        "it. The CogVideo reference trainer stores none; its default is 64 at rank 128.",
+        panel=_RUN,
+        gt=0,
     )
     model: str | None = setting(
         None, "Checkpoint, local folder or hub id. Default: the one the LoRA was trained on.", panel=_RUN
     )
     prompt: list[str] = setting([], "Prompt; repeat the flag for several videos.", panel=_VIDEO)
     prompts_file: Path | None = setting(None, "Text file with one prompt a line.", panel=_VIDEO)
+    image: list[Path] = setting(
+        [],
+        "First frame, for image-to-video models; repeat the flag, one a prompt, or give one for all. Fitted by "
+        "filling the picture size and cropping the centre.",
+        panel=_VIDEO,
+    )
+    images_file: Path | None = setting(
+        None, "Text file with one first frame a line, relative to its folder.", panel=_VIDEO
+    )
+    video: list[Path] = setting(
+        [],
+        "Source video, for video-to-video with a text-to-video model; repeat the flag, one a prompt, or give one "
+        "for all. Its beginning is taken, at --fps.",
+        panel=_VIDEO,
+    )
+    strength: float = setting(
+        0.8,
+        "Video-to-video only: how much of the source is drawn anew; 1 is all.",
+        panel=_SAMPLING,
+        gt=0,
+        le=1,
+    )
     negative_prompt: str = setting("", "What the video should not show.", panel=_VIDEO)
     output: Path = setting(
         Path("output.mp4"),

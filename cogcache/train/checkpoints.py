@@ -2,8 +2,9 @@
 
 A checkpoint is a folder ``checkpoint-000100`` in the run's output::
 
-    pytorch_lora_weights.safetensors   the LoRA as it would be at this step; loads in stock diffusers
-    optimizer.safetensors              AdamW moments and step, by parameter name
+    pytorch_lora_weights.safetensors   the LoRA as it would be at this step; loads in stock diffusers. Or
+    transformer/, cogcache.json        ... the fine-tuned transformer in float32
+    optimizer.safetensors              AdamW moments and step, by parameter name; several files if large
     trainer_state.json                 step, what the run is, loss scaler, sha256 of the other files
 
 It is written under another name, made durable, and renamed: a folder of the right name is complete.
@@ -14,21 +15,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cogcache.cache.files import make_folder, rename, storage_errors, sync_folder, write_file
-from cogcache.errors import CheckpointError, StorageError
-from cogcache.lora import LORA_FILE_NAME
+from cogcache.errors import CheckpointError
+from cogcache.train.shards import save_shards
 
 __all__ = [
     "Checkpoint",
@@ -41,7 +41,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
-OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER = "optimizer"
 STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 
@@ -60,7 +60,7 @@ class Checkpoint:
     """A checkpoint in memory; tensors on the CPU."""
 
     state: TrainerState
-    lora: dict[str, Tensor]
+    weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
 
@@ -76,12 +76,12 @@ def list_checkpoints(output: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    output: Path, state: TrainerState, save_lora: Callable[[Path], None], optimizer: Mapping[str, Tensor]
+    output: Path, state: TrainerState, save_weights: Callable[[Path], None], optimizer: Mapping[str, Tensor]
 ) -> Path:
     """Write a checkpoint; durable on return.
 
     Args:
-        save_lora: Writes the LoRA file at the path it is given, durably.
+        save_weights: Writes the trained weights into the folder it is given, durably.
         optimizer: Tensors on the CPU.
 
     Raises:
@@ -93,9 +93,9 @@ def save_checkpoint(
         _remove_tree(draft)
         _remove_tree(folder)
         make_folder(draft)
-        save_lora(draft / LORA_FILE_NAME)
-        _save_tensors(draft / OPTIMIZER_FILE, optimizer)
-        hashes = {name: _sha256(draft / name) for name in (LORA_FILE_NAME, OPTIMIZER_FILE)}
+        save_weights(draft)
+        save_shards(draft, OPTIMIZER, optimizer)
+        hashes = {name: _sha256(path) for name, path in _files(draft).items()}
         record = {"step": state.step, "run": state.run, "scaler": state.scaler, "sha256": hashes}
         write_file(draft / STATE_FILE, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
         sync_folder(draft)
@@ -112,16 +112,10 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:  # how safetensors reports that the disk is full
-        raise StorageError(f"{path} cannot be written: {error}.", "Free some space, then resume.") from None
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file of a checkpoint but its record, by its name relative to ``folder``."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: found[name] for name in sorted(found) if name != STATE_FILE}
 
 
 def prune_checkpoints(output: Path, keep: int) -> None:
@@ -183,16 +177,27 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         record = json.loads((folder / STATE_FILE).read_text("utf-8"))
         state = TrainerState(step=int(record["step"]), run=dict(record["run"]), scaler=dict(record["scaler"]))
-        for name in (LORA_FILE_NAME, OPTIMIZER_FILE):
-            if _sha256(folder / name) != record["sha256"][name]:
+        files = _files(folder)
+        for name, written in sorted(record["sha256"].items()):
+            if name not in files or _sha256(files[name]) != written:
                 raise ValueError(f"{name} is not what was written")
-        lora = {_bare(name): tensor for name, tensor in load_file(folder / LORA_FILE_NAME).items()}
-        return Checkpoint(state, lora, load_file(folder / OPTIMIZER_FILE))
+        weights, optimizer = _read_tensors(files[name] for name in record["sha256"])
+        return Checkpoint(state, weights, optimizer)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} is damaged: {error}.", "Delete it and resume from an earlier one."
         ) from None
 
 
-def _bare(name: str) -> str:
-    return name.removeprefix("transformer.")
+def _read_tensors(files: Iterable[Path]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, by names without ``transformer.``, and optimizer state."""
+    weights: dict[str, Tensor] = {}
+    optimizer: dict[str, Tensor] = {}
+    for path in files:
+        if path.suffix != ".safetensors":
+            continue
+        if path.name.startswith(OPTIMIZER):
+            optimizer.update(load_file(path))
+        else:
+            weights.update({k.removeprefix("transformer."): v for k, v in load_file(path).items()})
+    return weights, optimizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,13 @@ from cogcache.errors import NonFiniteError, StoppedError
 from cogcache.progress import say
 from cogcache.train.checkpoints import Checkpoint, TrainerState, prune_checkpoints, save_checkpoint
 from cogcache.train.data import Batch, Samples, StepPlan, read_ahead, step_plans
-from cogcache.train.model import LoraFile, load_lora_state, trainable
+from cogcache.train.engine import open_engine
+from cogcache.train.model import trainable
 from cogcache.train.objective import loss_per_sample
-from cogcache.train.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from cogcache.train.report import NoReport, Report, StepResult
 from cogcache.train.schedule import learning_rate
 from cogcache.train.signals import StopRequest
+from cogcache.train.tuning import Tuning
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,11 +40,11 @@ class Trainer:
     """Trains the parameters of ``transformer`` that require a gradient.
 
     Args:
-        transformer: On the device of ``accelerator``, with its LoRA.
+        transformer: On the device of ``accelerator``, prepared by ``tuning``.
         scheduler: The checkpoint's scheduler.
-        dtype: What the frozen base runs in; float16 gets loss scaling.
+        dtype: What the transformer computes in; float16 gets loss scaling.
         run: What decides the numbers of this run (kept in checkpoints).
-        lora_file: Writes the LoRA.
+        tuning: What is trained and how it is written.
     """
 
     def __init__(
@@ -57,17 +58,14 @@ class Trainer:
         dtype: torch.dtype,
         output: Path,
         run: dict[str, Any],
-        lora_file: LoraFile,
+        tuning: Tuning,
     ) -> None:
         self.config, self.accelerator, self.samples = config, accelerator, samples
         self.transformer, self.scheduler, self.dtype = transformer, scheduler, dtype
-        self.output, self.run_record, self.lora_file = output, run, lora_file
+        self.output, self.run_record, self.tuning = output, run, tuning
         self.device, self.process = accelerator.device, accelerator.process_index
         self.scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
-        self.parameters = trainable(transformer)
-        self.model = accelerator.prepare_model(transformer)
-        self.optimizer = make_optimizer(config, self.parameters)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.engine = open_engine(config, accelerator, transformer, trainable(transformer), dtype)
         self.done = 0
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -76,9 +74,8 @@ class Trainer:
         Raises:
             CheckpointError: if its tensors do not fit.
         """
-        load_lora_state(self.transformer, checkpoint.lora)
-        load_optimizer_state(self.optimizer, self.parameters, checkpoint.optimizer)
-        self.scaler.load_state_dict(dict(checkpoint.state.scaler))
+        self.tuning.restore(self.transformer, checkpoint.weights)
+        self.engine.restore(checkpoint.optimizer, checkpoint.state.scaler)
         self.done = checkpoint.state.step
 
     def train(self) -> float | None:
@@ -107,8 +104,7 @@ class Trainer:
         micros = plan.micros[self.process]
         losses = []
         for number, micro in enumerate(micros, 1):
-            last = number == len(micros)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.engine.microbatch(last=number == len(micros)):
                 loss_b = self._forward(next(batches), plan.number, number)
                 losses.append(loss_b.detach()[: micro.real])
                 self._backward(loss_b, micro.real, len(plan.batch))
@@ -123,7 +119,7 @@ class Trainer:
             torch.manual_seed(seed_for(self.config.seed, "lora dropout", step, micro, self.process))
         batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         return loss_per_sample(
-            self.model,
+            self.engine.model,
             self.scheduler,
             batch.moments_bcfhw,
             batch.prompt_embeds_bld,
@@ -140,7 +136,7 @@ class Trainer:
         weights_b = (torch.arange(len(loss_b), device=self.device) < real).float()
         # Data parallelism averages gradients over processes; the factor turns that into their sum.
         loss = (loss_b * weights_b).sum() * (self.accelerator.num_processes / total)
-        self.scaler.scale(loss).backward()
+        self.engine.backward(loss)
 
     def _exchange(self, plan: StepPlan, losses: Tensor, stop: StopRequest) -> tuple[dict[int, float], int]:
         """Every process learns all losses of the step, and whether any process was asked to stop."""
@@ -162,35 +158,26 @@ class Trainer:
             )
 
     def _update(self, plan: StepPlan, lr: float) -> float:
-        """Clip once, step, and clear the gradients; returns the gradient norm before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.scaler.unscale_(self.optimizer)
-        limit = self.config.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
-        scaling_down = self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
-        if not math.isfinite(norm) and not scaling_down:
+        """Update the parameters; returns the gradient norm before clipping."""
+        try:
+            return self.engine.step(lr)
+        except FloatingPointError:
             raise NonFiniteError(
                 f"the gradient of step {plan.number} is not a number.",
                 "Nothing was updated. Resume from the last checkpoint with a lower --lr.",
-            )
-        self.scaler.step(self.optimizer)  # skips the step, and the scale shrinks, if float16 overflowed
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+            ) from None
 
     def save(self) -> None:
         """Save a checkpoint of the steps done, then delete the oldest beyond the limit."""
+        tensors = self.engine.state()  # by all processes, which may hold a part each
         if self.accelerator.is_main_process:
-            state = TrainerState(self.done, self.run_record, self.scaler.state_dict())
-            tensors = optimizer_state(self.optimizer, self.parameters)
-            save_checkpoint(self.output, state, self.write_lora, tensors)
+            state = TrainerState(self.done, self.run_record, self.engine.scaler_state())
+            save_checkpoint(self.output, state, self._write_weights, tensors)
             prune_checkpoints(self.output, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def write_lora(self, path: Path) -> None:
-        """Write the LoRA as it is now."""
-        self.lora_file.write(path, self.transformer)
+    def _write_weights(self, folder: Path) -> None:
+        self.tuning.write_checkpoint(folder, self.transformer)
 
     def _checkpoint_due(self) -> bool:
         every = self.config.checkpoint_every

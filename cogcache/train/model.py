@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cogcache.cache.format import SampleRecord
 from cogcache.config import TrainConfig
 from cogcache.draws import generator
 from cogcache.errors import CheckpointError, ConfigError, ModelError
-from cogcache.geometry import Size
 from cogcache.lora import Provenance, save_lora
 from cogcache.models import torch_dtype
-from cogcache.variants import Variant, weights_dtype
+from cogcache.variants import weights_dtype
 
 __all__ = [
-    "LoraFile",
     "add_lora",
     "base_dtype",
     "load_lora_state",
@@ -30,6 +24,7 @@ __all__ = [
     "load_transformer",
     "lora_state",
     "trainable",
+    "write_lora",
 ]
 
 
@@ -165,33 +160,8 @@ def load_lora_state(transformer: nn.Module, state: dict[str, Tensor]) -> None:
     set_peft_model_state_dict(transformer, state)
 
 
-@dataclass(frozen=True)
-class LoraFile:
-    """Writes the LoRA of a transformer with all that inference needs to know about it.
-
-    Args:
-        base_model: Hub id or folder.
-        fingerprint: That of the cache's manifest.
-        records: The training samples.
-    """
-
-    base_model: str
-    variant: Variant
-    fingerprint: str
-    records: Sequence[SampleRecord]
-
-    def write(self, path: Path, transformer: nn.Module) -> None:
-        """Write the file, durable and complete or not at all; equal weights give equal bytes."""
-        clips = Counter((r.frames, str(Size(r.height, r.width)), r.fps) for r in self.records)
-        frames, size, fps = clips.most_common(1)[0][0]
-        provenance = Provenance(
-            base_model=self.base_model,
-            variant=self.variant,
-            fingerprint=self.fingerprint,
-            frames=frames,
-            size=size,
-            fps=fps,
-        )
-        adapter: Any = transformer
-        config = adapter.peft_config["default"].to_dict()
-        save_lora(path, lora_state(transformer), lora_config=config, provenance=provenance)
+def write_lora(path: Path, transformer: nn.Module, provenance: Provenance) -> Path:
+    """Write the LoRA of ``transformer``, durable and complete or not at all; equal weights give equal bytes."""
+    adapter: Any = transformer
+    config = adapter.peft_config["default"].to_dict()
+    return save_lora(path, lora_state(transformer), lora_config=config, provenance=provenance)

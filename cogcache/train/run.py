@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cogcache.cache.files import make_folder
-from cogcache.cache.format import Manifest, differences
+from cogcache.cache.format import Manifest, SampleRecord, differences
 from cogcache.config import TrainConfig
 from cogcache.errors import CheckpointError, ConfigError, MismatchError
-from cogcache.lora import LORA_FILE_NAME
+from cogcache.finetuned import TRANSFORMER_FOLDER
+from cogcache.geometry import Size
+from cogcache.lora import LORA_FILE_NAME, Provenance
 from cogcache.models import resolve_model
 from cogcache.train.checkpoints import Checkpoint, find_checkpoint, list_checkpoints
 from cogcache.train.metrics import METRICS_FILE
 from cogcache.variants import Variant, read_variant
 
-__all__ = ["FREE_FIELDS", "check_resume", "claim_output", "output_folder", "resolve_base", "run_record"]
+__all__ = [
+    "FREE_FIELDS",
+    "check_resume",
+    "claim_output",
+    "output_folder",
+    "provenance_of",
+    "resolve_base",
+    "run_record",
+]
 
 FREE_FIELDS = frozenset(
     {
@@ -29,6 +40,10 @@ FREE_FIELDS = frozenset(
 
 Shards are compared by content, batch sizes by their product.
 """
+
+
+_RESULTS = {LORA_FILE_NAME: "LoRA", TRANSFORMER_FOLDER: "transformer"}
+"""What a run leaves in its output folder when it is done, of either training type."""
 
 
 def output_folder(config: TrainConfig) -> Path:
@@ -54,6 +69,22 @@ def resolve_base(config: TrainConfig, manifest: Manifest) -> tuple[Path, str, Va
             "Leave --model out, or encode again for this model.",
         )
     return root, str(root.resolve()) if Path(name).expanduser().is_dir() else name, variant
+
+
+def provenance_of(
+    base_model: str, variant: Variant, manifest: Manifest, records: Sequence[SampleRecord]
+) -> Provenance:
+    """What inference needs to know about a run's result; frames, size and fps are those of most clips."""
+    clips = Counter((r.frames, str(Size(r.height, r.width)), r.fps) for r in records)
+    frames, size, fps = clips.most_common(1)[0][0]
+    return Provenance(
+        base_model=base_model,
+        variant=variant,
+        fingerprint=manifest.fingerprint(),
+        frames=frames,
+        size=size,
+        fps=fps,
+    )
 
 
 def run_record(config: TrainConfig, manifest: Manifest, processes: int) -> dict[str, Any]:
@@ -103,9 +134,11 @@ def claim_output(config: TrainConfig) -> tuple[Path, Checkpoint | None]:
     if not _goes_on_in(output, config.resume):
         _refuse_used(output)
     checkpoint = find_checkpoint(output, config.resume) if config.resume else None
-    if checkpoint is None and (output / LORA_FILE_NAME).exists():
+    finished = [what for name, what in _RESULTS.items() if (output / name).exists()]
+    if checkpoint is None and finished:
         raise ConfigError(
-            f"{output} holds a finished LoRA and no checkpoint to go on from.", "Choose another --output."
+            f"{output} holds a finished {finished[0]} and no checkpoint to go on from.",
+            "Choose another --output.",
         )
     make_folder(output)
     return output, checkpoint
@@ -117,7 +150,7 @@ def _goes_on_in(output: Path, resume: str | None) -> bool:
 
 
 def _refuse_used(output: Path) -> None:
-    traces = [output / LORA_FILE_NAME, output / METRICS_FILE, *list_checkpoints(output)]
+    traces = [*(output / name for name in _RESULTS), output / METRICS_FILE, *list_checkpoints(output)]
     found = [path.name for path in traces if path.exists() and path.stat().st_size]
     if found:
         raise ConfigError(

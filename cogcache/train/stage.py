@@ -1,4 +1,4 @@
-"""The train command: shards in, LoRA out."""
+"""The train command: shards in, LoRA or fine-tuned transformer out."""
 
 from __future__ import annotations
 
@@ -8,31 +8,40 @@ from pathlib import Path
 from cogcache.cache.reader import CacheReader
 from cogcache.config import TrainConfig
 from cogcache.config_io import save_config
-from cogcache.lora import LORA_FILE_NAME
 from cogcache.progress import say
 from cogcache.train.checkpoints import Checkpoint
 from cogcache.train.data import Samples
 from cogcache.train.devices import open_accelerator, set_matmul_precision
 from cogcache.train.loop import Trainer
 from cogcache.train.metrics import check_trackers
-from cogcache.train.model import LoraFile, add_lora, base_dtype, load_scheduler, load_transformer
-from cogcache.train.run import check_resume, claim_output, resolve_base, run_record
+from cogcache.train.model import base_dtype, load_scheduler, load_transformer
+from cogcache.train.run import check_resume, claim_output, provenance_of, resolve_base, run_record
+from cogcache.train.tuning import tuning_for
 
 __all__ = ["TrainResult", "train"]
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run made. ``loss`` is that of its last step, None if all steps were already done."""
+    """What a run made.
 
-    lora: Path
+    ``weights`` is the LoRA file, or the folder of the fine-tuned transformer; ``loss`` is that of the last step,
+    None if all steps were already done.
+    """
+
+    weights: Path
     output: Path
     steps: int
     loss: float | None
 
+    @property
+    def lora(self) -> Path:
+        """``weights`` by the name that fits most runs."""
+        return self.weights
+
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train a LoRA on a cache and write it, with metrics and checkpoints, to the output folder.
+    """Train a LoRA, or all weights, on a cache and write them, with metrics and checkpoints, to the output folder.
 
     The result is a function of the settings, the cache and the base model alone: stopping and resuming at any
     step changes nothing (bit for bit on the CPU).
@@ -53,8 +62,10 @@ def train(config: TrainConfig) -> TrainResult:
         check_resume(checkpoint, run, config)
     accelerator.wait_for_everyone()  # nobody writes before all have looked at the folder
 
-    transformer = load_transformer(root, dtype, gradient_checkpointing=config.gradient_checkpointing)
-    add_lora(transformer, config)
+    provenance = provenance_of(model_id, variant, reader.manifest, samples.records)
+    tuning = tuning_for(config, provenance, accelerator.device, dtype)
+    transformer = load_transformer(root, tuning.held_in, gradient_checkpointing=config.gradient_checkpointing)
+    tuning.prepare(transformer)
     set_matmul_precision(accelerator.device, dtype)
     trainer = Trainer(
         config,
@@ -65,7 +76,7 @@ def train(config: TrainConfig) -> TrainResult:
         dtype=dtype,
         output=output,
         run=run,
-        lora_file=LoraFile(model_id, variant, reader.manifest.fingerprint(), samples.records),
+        tuning=tuning,
     )
     if checkpoint:
         trainer.restore(checkpoint)
@@ -74,10 +85,10 @@ def train(config: TrainConfig) -> TrainResult:
         save_config(config.model_copy(update={"output": output}), output / "config.yaml")
     loss = trainer.train()
     if accelerator.is_main_process:
-        trainer.write_lora(output / LORA_FILE_NAME)
+        tuning.write_result(output, transformer)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return TrainResult(output / LORA_FILE_NAME, output, config.steps, loss)
+    return TrainResult(output / tuning.result, output, config.steps, loss)
 
 
 def _announce(config: TrainConfig, output: Path, checkpoint: Checkpoint | None) -> None:

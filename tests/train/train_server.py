@@ -24,6 +24,7 @@ from diffusers.schedulers import scheduling_ddim_cogvideox, scheduling_dpm_cogvi
 from cogcache.config import TrainConfig
 from cogcache.errors import CogcacheError
 from cogcache.train import stage
+from cogcache.train.model import add_lora
 
 # Imported once, for the children.
 _ = Accelerator, DistributedDataParallelKwargs, DistributedType
@@ -33,7 +34,7 @@ _ = scheduling_ddim_cogvideox, scheduling_dpm_cogvideox
 def warm_up() -> None:
     """What costs time on first use only: PEFT's look at all classes."""
     model = cogvideox_transformer_3d.CogVideoXTransformer3DModel(num_layers=1, num_attention_heads=1)
-    stage.add_lora(model, TrainConfig(shards=Path("none"), rank=1))
+    add_lora(model, TrainConfig(shards=Path("none"), rank=1))
 
 
 def child(config: dict[str, object], environment: dict[str, str]) -> None:

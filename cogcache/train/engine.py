@@ -1,0 +1,145 @@
+"""Who computes gradients over processes and updates the parameters: an engine.
+
+:class:`PlainEngine` is one process, or several with a whole copy of everything each (data parallelism).
+:mod:`cogcache.train.zero` splits gradients and optimizer state over the processes by DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cogcache.config import TrainConfig
+from cogcache.train.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Engine", "PlainEngine", "open_engine"]
+
+
+class Engine(Protocol):
+    """Gradients, updates and optimizer state of the parameters that require a gradient.
+
+    ``model`` is the transformer as it must be called in training.
+    """
+
+    model: nn.Module
+
+    def microbatch(self, last: bool) -> AbstractContextManager[object]:
+        """Around the forward and the backward pass of a microbatch; ``last`` is that before the update."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``, a scalar. Gradients are averaged over processes."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """Clip once, update, clear the gradients; returns the gradient's norm before clipping.
+
+        A norm of infinity is returned where float16 overflowed: the update was left out and the loss scale
+        shrinks.
+
+        Raises:
+            FloatingPointError: if the gradient is not a number. Nothing is updated then.
+        """
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Optimizer state as :func:`cogcache.train.optimizer.optimizer_state` names it, whole, on the CPU.
+
+        All processes must call it; only the main process gets the tensors.
+        """
+        ...
+
+    def scaler_state(self) -> Mapping[str, Any]:
+        """State of the loss scaling; empty without."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor], scaler: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state` and :meth:`scaler_state` gave, after the weights were put back.
+
+        Raises:
+            CheckpointError: if it is of other parameters.
+        """
+        ...
+
+
+class PlainEngine:
+    """Every process holds all gradients and all optimizer state; float16 gets loss scaling."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        transformer: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.accelerator, self.parameters = config, accelerator, parameters
+        self.model: nn.Module = accelerator.prepare_model(transformer)
+        self.optimizer = make_optimizer(config, parameters)
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=dtype == torch.float16)
+
+    def microbatch(self, last: bool) -> AbstractContextManager[object]:
+        """See :class:`Engine`."""
+        if last:
+            return nullcontext()
+        return self.accelerator.no_sync(self.model)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        """See :class:`Engine`."""
+        scaled: Any = self.scaler.scale(loss)
+        scaled.backward()
+
+    def step(self, lr: float) -> float:
+        """See :class:`Engine`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        scaling_down = self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
+        if not math.isfinite(norm) and not scaling_down:
+            raise FloatingPointError
+        self.scaler.step(self.optimizer)  # skips the step, and the scale shrinks, if float16 overflowed
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """See :class:`Engine`."""
+        if not self.accelerator.is_main_process:
+            return {}
+        return optimizer_state(self.optimizer, self.parameters)
+
+    def scaler_state(self) -> Mapping[str, Any]:
+        """See :class:`Engine`."""
+        return self.scaler.state_dict()
+
+    def restore(self, state: Mapping[str, Tensor], scaler: Mapping[str, Any]) -> None:
+        """See :class:`Engine`."""
+        load_optimizer_state(self.optimizer, self.parameters, state)
+        self.scaler.load_state_dict(dict(scaler))
+
+
+def open_engine(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    transformer: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    dtype: torch.dtype,
+) -> Engine:
+    """The engine that the launch asks for. ``transformer`` is on the device of ``accelerator``."""
+    from accelerate import DistributedType
+
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from cogcache.train.zero import ZeroEngine
+
+        return ZeroEngine(config, accelerator, transformer, parameters)
+    return PlainEngine(config, accelerator, transformer, parameters, dtype)
