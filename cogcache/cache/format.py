@@ -8,6 +8,7 @@ A cache is a folder::
     text/text-00000.tar ...
     samples.jsonl                    table: which clip uses which latent and which text entry
     failures.jsonl                   table: clips that could not be encoded, with reasons
+    validation.jsonl                 table, only where prompts for validation were given
     journal.jsonl                    what happened, append-only
     manifest.json                    commit mark of the whole (written last)
 
@@ -45,6 +46,7 @@ __all__ = [
     "SeriesRecord",
     "ShardRecord",
     "TableRecord",
+    "ValidationRecord",
     "canonical_json",
     "differences",
     "digest",
@@ -59,6 +61,7 @@ IDENTITY_FILE = "cache.json"
 MANIFEST_FILE = "manifest.json"
 SAMPLES_FILE = "samples.jsonl"
 FAILURES_FILE = "failures.jsonl"
+VALIDATION_FILE = "validation.jsonl"
 JOURNAL_FILE = "journal.jsonl"
 
 LATENTS = "latents"
@@ -168,6 +171,19 @@ class FailureRecord(Record):
     source: str
     window: str
     reason: str
+
+
+class ValidationRecord(Record):
+    """One row of ``validation.jsonl``: a prompt to sample videos from during training.
+
+    ``text`` is the key of its embedding, ``image`` that of the noise-free first frame in ``images`` and
+    ``image_name`` the picture as listed; both None for text-to-video.
+    """
+
+    prompt: str
+    text: str
+    image: str | None = None
+    image_name: str | None = None
 
 
 class TableRecord(Record):

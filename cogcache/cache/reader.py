@@ -18,10 +18,11 @@ from cogcache.cache.format import (
     SampleRecord,
     SeriesRecord,
     ShardRecord,
+    ValidationRecord,
 )
 from cogcache.cache.handles import Handles
 from cogcache.cache.index import parse_index
-from cogcache.cache.tables import read_manifest, read_table
+from cogcache.cache.tables import read_manifest, read_table, read_validation
 from cogcache.cache.tar_shard import TarShardReader
 from cogcache.errors import CacheError, DamagedCacheError
 
@@ -41,6 +42,7 @@ class CacheReader:
         manifest: The checked manifest.
         samples: Rows of ``samples.jsonl``, sorted by id.
         failures: Rows of ``failures.jsonl``.
+        validation: Rows of ``validation.jsonl`` in the order of the prompts; none where it is not there.
 
     Raises:
         CacheError: if there is no cache, or it is not finished.
@@ -66,6 +68,7 @@ class CacheReader:
             try:
                 self.samples = read_table(self.root, self.manifest, SAMPLES_FILE, SampleRecord)
                 self.failures = read_table(self.root, self.manifest, FAILURES_FILE, FailureRecord)
+                self.validation: list[ValidationRecord] = read_validation(self.root, self.manifest)
                 return
             except DamagedCacheError:
                 if attempt == _TRIES - 1 or read_manifest(self.root) == self.manifest:
@@ -102,6 +105,10 @@ class CacheReader:
             for series, keys in (("latents", [row.latents]), ("text", [row.text]), ("images", row.images)):
                 for key in keys:
                     self._shard(series, key)
+        for prompt in self.validation:
+            self._shard("text", prompt.text)
+            if prompt.image is not None:
+                self._shard("images", prompt.image)
         self._shard("text", self.manifest.unconditional)
 
     def _shard(self, series: str, key: str) -> ShardReader:

@@ -19,6 +19,7 @@ from cogcache.cache.format import (
     IDENTITY_FILE,
     MANIFEST_FILE,
     SAMPLES_FILE,
+    VALIDATION_FILE,
     FailureRecord,
     Manifest,
     ModelRecord,
@@ -26,15 +27,16 @@ from cogcache.cache.format import (
     SampleRecord,
     SeriesRecord,
     TableRecord,
+    ValidationRecord,
     canonical_json,
 )
 from cogcache.cache.identity import check_version
 from cogcache.cache.lines import parse_json, parse_object, pretty_json
 from cogcache.errors import CacheError, DamagedCacheError
 
-__all__ = ["commit_tables", "read_manifest", "read_table"]
+__all__ = ["commit_tables", "current_validation", "read_manifest", "read_table", "read_validation"]
 
-_TABLES = (SAMPLES_FILE, FAILURES_FILE)
+_TABLES = (SAMPLES_FILE, FAILURES_FILE, VALIDATION_FILE)
 _AGAIN = "Run encode again: it keeps every good shard and writes this anew."
 R = TypeVar("R", bound=Record)
 
@@ -46,10 +48,13 @@ def commit_tables(
     samples: Sequence[SampleRecord],
     failures: Sequence[FailureRecord],
     unconditional: str,
+    validation: Sequence[ValidationRecord] = (),
 ) -> Manifest:
     """Write tables, then manifest; the caller holds the cache lock and has checked and sorted everything."""
     _settle(root)
     contents = {SAMPLES_FILE: _lines(samples), FAILURES_FILE: _lines(failures)}
+    if validation:
+        contents[VALIDATION_FILE] = _lines(validation)
     for name, data in contents.items():
         write_file(_pending(root, name), data)
     sync_folder(root)
@@ -146,6 +151,25 @@ def read_table(root: Path, manifest: Manifest, name: str, kind: type[R]) -> list
         if data is not None and hashlib.sha256(data).hexdigest() == expected.sha256:
             return _rows(root / name, data, expected.rows, kind)
     raise DamagedCacheError(f"{root / name} is missing or not the one that was committed.", _AGAIN)
+
+
+def read_validation(root: Path, manifest: Manifest) -> list[ValidationRecord]:
+    """The rows of ``validation.jsonl`` in their order; none where the manifest names no such table.
+
+    Raises:
+        DamagedCacheError: if it is not the one that the manifest names.
+    """
+    if VALIDATION_FILE not in manifest.tables:
+        return []
+    return read_table(root, manifest, VALIDATION_FILE, ValidationRecord)
+
+
+def current_validation(root: Path) -> list[ValidationRecord]:
+    """Prompts for validation that are committed now; none where no manifest or table can be believed."""
+    try:
+        return read_validation(root, read_manifest(root))
+    except CacheError:
+        return []
 
 
 def _rows(path: Path, data: bytes, count: int, kind: type[R]) -> list[R]:

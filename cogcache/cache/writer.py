@@ -38,6 +38,7 @@ from cogcache.cache.format import (
     Manifest,
     SampleRecord,
     SeriesRecord,
+    ValidationRecord,
 )
 from cogcache.cache.identity import admit, check_same, read_identity, write_identity
 from cogcache.cache.index import check_key
@@ -108,8 +109,8 @@ class CacheWriter:
         folder = self._folder(series)
         with self._lock():
             folder.sweep()
-            there = folder.durable_keys() | folder.pending_keys()
-            missing = [key for key in wanted if key not in there]
+            settled = folder.settled_keys()
+            missing = [key for key in wanted if key not in settled]
             names = folder.add_plans(missing, entries_per_shard)
         for number, name in enumerate(names):
             entries = min(entries_per_shard, len(missing) - number * entries_per_shard)
@@ -183,7 +184,11 @@ class CacheWriter:
         }
 
     def commit(
-        self, samples: Iterable[SampleRecord], failures: Iterable[FailureRecord], unconditional: str
+        self,
+        samples: Iterable[SampleRecord],
+        failures: Iterable[FailureRecord],
+        unconditional: str,
+        validation: Sequence[ValidationRecord] | None = None,
     ) -> Manifest:
         """Write the tables, then the manifest: from here on the cache can be trained from.
 
@@ -194,9 +199,10 @@ class CacheWriter:
             samples: Every sample of the cache.
             failures: Every clip that is not in it, with the reason.
             unconditional: Text key of the empty caption.
+            validation: Prompts for validation, in order; None keeps those that are committed.
 
         Raises:
-            CacheError: if a sample needs an entry that is in no committed shard, or an id comes twice.
+            CacheError: if a sample or prompt needs an entry that is in no committed shard, or an id comes twice.
         """
         rows = sorted(samples, key=lambda row: row.id)
         lost = sorted(failures, key=lambda row: row.id)
@@ -210,13 +216,20 @@ class CacheWriter:
                     fingerprint=self.identity.series[name],
                     shards=tuple(folder.index(shard).record(shard) for shard in folder.committed()),
                 )
-            self._check_complete(rows, unconditional, keys)
-            manifest = tables.commit_tables(self.root, self.identity.model, series, rows, lost, unconditional)
+            prompts = tables.current_validation(self.root) if validation is None else validation
+            self._check_complete(rows, unconditional, prompts, keys)
+            manifest = tables.commit_tables(
+                self.root, self.identity.model, series, rows, lost, unconditional, prompts
+            )
         self.journal.add("manifest", checksum=manifest.checksum, samples=len(rows), failures=len(lost))
         return manifest
 
     def _check_complete(
-        self, rows: Sequence[SampleRecord], unconditional: str, keys: dict[str, set[str]]
+        self,
+        rows: Sequence[SampleRecord],
+        unconditional: str,
+        prompts: Sequence[ValidationRecord],
+        keys: dict[str, set[str]],
     ) -> None:
         for before, row in pairwise(rows):
             if before.id == row.id:
@@ -225,6 +238,9 @@ class CacheWriter:
         for row in rows:
             needs += [(LATENTS, row.latents, row.source), (TEXT, row.text, row.source)]
             needs += [(IMAGES, key, row.source) for key in row.images]
+        for prompt in prompts:
+            whose = f"the validation prompt {prompt.prompt!r:.60}"
+            needs += [(TEXT, prompt.text, whose)] + ([(IMAGES, prompt.image, whose)] if prompt.image else [])
         for series, key, whose in needs:
             if key not in keys.get(series, MappingProxyType({})):
                 raise CacheError(

@@ -23,11 +23,12 @@ from cogcache.errors import PartialFailureError
 from cogcache.models import torch_dtype
 from cogcache.precompute.clips import ClipWork, plan_clips, text_key
 from cogcache.precompute.datasets import find_clips
-from cogcache.precompute.pieces import image_pieces, latent_piece
+from cogcache.precompute.pieces import image_pieces, latent_piece, validation_pieces
 from cogcache.precompute.settings import EncodeSettings, decide
 from cogcache.precompute.stages import Tally, encode_pieces, encode_text
 from cogcache.precompute.text import FrozenText
 from cogcache.precompute.vae import FrozenVae
+from cogcache.precompute.validation import ValidationPrompts, plan_validation
 from cogcache.progress import console, say
 
 __all__ = ["EncodeResult", "encode", "encode_all"]
@@ -71,25 +72,27 @@ def encode_all(config: EncodeConfig) -> EncodeResult:
     items = find_clips(config.data_root, config.dataset, config.allow_outside)
     settings = decide(config)
     clips = plan_clips(items, settings)
+    prompts = plan_validation(settings)
     if config.remake_images:
         drop_series(settings.shards, IMAGES, settings.identity())
     writer = CacheWriter.open(settings.shards, settings.identity())
     again = config.model_copy(update={"remake_images": False})  # done once, not each time the file is used
     save_config(again, settings.shards / "encode.config.yaml")
-    latents, images = _pictures(writer, clips, settings)
-    captions = _text(writer, clips, settings)
-    manifest, failures = _commit(writer, clips, settings)
+    latents, images = _pictures(writer, clips, prompts, settings)
+    captions = _text(writer, clips, prompts, settings)
+    manifest, failures = _commit(writer, clips, prompts, settings)
     return EncodeResult(
         settings.shards, manifest, len(clips), latents.encoded, captions.encoded, failures, images.encoded
     )
 
 
 def _pictures(
-    writer: CacheWriter, clips: Sequence[ClipWork], settings: EncodeSettings
+    writer: CacheWriter, clips: Sequence[ClipWork], prompts: ValidationPrompts, settings: EncodeSettings
 ) -> tuple[Tally, Tally]:
     """Everything the VAE makes: latents, and for image-to-video the image conditions."""
     latents = [latent_piece(clip) for clip in clips]
     images = [piece for clip in clips for piece in image_pieces(clip, settings)]
+    images += validation_pieces(prompts.images, settings)
     channels, *_, height, width = settings.variant.latent_shape(settings.frames, settings.size)
     clip_values = 2 * _product(settings.variant.latent_shape(settings.frames, settings.size))
     writer.plan(
@@ -116,9 +119,13 @@ def _load_vae(settings: EncodeSettings) -> FrozenVae:
     return vae
 
 
-def _text(writer: CacheWriter, clips: Sequence[ClipWork], settings: EncodeSettings) -> Tally:
+def _text(
+    writer: CacheWriter, clips: Sequence[ClipWork], prompts: ValidationPrompts, settings: EncodeSettings
+) -> Tally:
     # The empty caption is always there: caption dropout and classifier-free guidance use it.
-    captions = {text_key(settings, ""): ""} | {clip.text: clip.item.caption for clip in clips}
+    captions = (
+        {text_key(settings, ""): ""} | {clip.text: clip.item.caption for clip in clips} | prompts.captions
+    )
     values = settings.variant.text_length * settings.variant.text_dim
     writer.plan(TEXT, list(captions), _per_shard(settings, settings.text_dtype, values))
     try:
@@ -147,7 +154,7 @@ def _free_memory() -> None:
 
 
 def _commit(
-    writer: CacheWriter, clips: Sequence[ClipWork], settings: EncodeSettings
+    writer: CacheWriter, clips: Sequence[ClipWork], prompts: ValidationPrompts, settings: EncodeSettings
 ) -> tuple[Manifest | None, list[FailureRecord]]:
     if writer.busy():
         say("Other processes still encode into this cache; the last one to finish writes the manifest.")
@@ -157,7 +164,9 @@ def _commit(
     complete = [clip for clip in clips if not _missing(clip, durable)]
     failures = [_failure(clip, _missing(clip, durable), reasons) for clip in clips if _missing(clip, durable)]
     samples = [clip.sample(settings) for clip in complete]
-    return writer.commit(samples, failures, text_key(settings, "")), failures
+    lost = prompts.failures(durable, reasons)
+    validation = prompts.complete(durable) if prompts.given or lost else None  # None keeps what is there
+    return writer.commit(samples, failures + lost, text_key(settings, ""), validation), failures + lost
 
 
 def _missing(clip: ClipWork, durable: dict[str, set[str]]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cogcache.errors import DatasetError
 
-__all__ = ["Row", "read_lists", "read_metadata", "read_text"]
+__all__ = ["Row", "read_lines", "read_lists", "read_metadata", "read_text"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def read_text(path: Path) -> str:
         raise DatasetError(f"{path.name} line {line}: not UTF-8 text") from None
 
 
-def _lines(path: Path, mistakes: list[str]) -> list[str] | None:
-    """The lines of a list, stripped; ``None`` if it cannot be read.
+def read_lines(path: Path, mistakes: list[str]) -> list[str] | None:
+    """The lines of a list, stripped; ``None`` if it cannot be read. What is wrong is added to ``mistakes``.
 
     Only ``\\n`` and ``\\r\\n`` end a line: ``str.splitlines`` would also split at characters that captions
     may hold (vertical tab, U+2028), and shift all that follow.
@@ -71,7 +71,7 @@ def read_lists(root: Path, mistakes: list[str]) -> list[Row]:
     names = ["videos.txt", "prompts.txt"]
     if (root / "images.txt").exists():
         names.append("images.txt")
-    lists = [_lines(root / name, mistakes) for name in names]
+    lists = [read_lines(root / name, mistakes) for name in names]
     lengths = {name: len(lines) for name, lines in zip(names, lists, strict=True) if lines is not None}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{name} has {count}" for name, count in lengths.items())

@@ -31,10 +31,14 @@ class ClipItem:
 
 @dataclass(frozen=True)
 class Locator:
-    """Finds listed files below ``root`` (resolved), and nowhere else unless ``allow_outside``."""
+    """Finds listed files below ``root`` (resolved), and nowhere else unless ``allow_outside``.
+
+    ``called`` is what messages call the root.
+    """
 
     root: Path
     allow_outside: bool
+    called: str = "data root"
 
     def find(self, name: str) -> tuple[Path, str]:
         """The real file that ``name`` means, and its name below the root with ``/``, as the disk spells it.
@@ -47,7 +51,7 @@ class Locator:
         """
         listed = PurePosixPath(name)
         if not self.allow_outside and (listed.is_absolute() or ".." in listed.parts):
-            raise DatasetError(f"{name} leaves the data root{_ALLOW}")
+            raise DatasetError(f"{name} leaves the {self.called}{_ALLOW}")
         spellings = dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))])
         for spelling in spellings:
             path = self.real_file(self.root / spelling)
@@ -70,7 +74,9 @@ class Locator:
             reason = getattr(error, "strerror", None) or error
             raise DatasetError(f"{path.name} cannot be looked up: {reason}") from None
         if not self.allow_outside and not real.is_relative_to(self.root):
-            raise DatasetError(f"{path.relative_to(self.root).as_posix()} links out of the data root{_ALLOW}")
+            raise DatasetError(
+                f"{path.relative_to(self.root).as_posix()} links out of the {self.called}{_ALLOW}"
+            )
         return real
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from cogcache.cache.format import Entry
@@ -13,7 +15,7 @@ from cogcache.precompute.stages import Piece
 from cogcache.precompute.vae import FrozenVae
 from cogcache.video import Clip, load_clip
 
-__all__ = ["image_pieces", "latent_piece"]
+__all__ = ["image_pieces", "latent_piece", "validation_pieces"]
 
 
 def latent_piece(clip: ClipWork) -> Piece[FrozenVae, Clip]:
@@ -39,6 +41,13 @@ def image_pieces(clip: ClipWork, settings: EncodeSettings) -> list[Piece[FrozenV
     if clip.image is None:
         return []
     return [_image_piece(clip.image, key, draw, settings) for draw, key in enumerate(clip.images)]
+
+
+def validation_pieces(
+    images: Mapping[str, ImageSource], settings: EncodeSettings
+) -> list[Piece[FrozenVae, torch.Tensor]]:
+    """The work of making the noise-free first frames of validation prompts, from key to picture."""
+    return [_image_piece(source, key, None, settings) for key, source in images.items()]
 
 
 def _image_piece(
