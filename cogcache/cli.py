@@ -186,8 +186,8 @@ def _report(error: CogcacheError) -> None:
         import traceback
 
         traceback.print_exception(error)
-    label = "Incomplete" if error.exit_code == 3 else "Error"
-    typer.secho(f"{label}: {error.message}", err=True, fg="red")
+    label = {3: "Incomplete: "}.get(error.exit_code, "Error: ") if error.exit_code < 128 else ""
+    typer.secho(f"{label}{error.message}", err=True, fg="red")
     if error.hint:
         typer.secho(error.hint, err=True)
 

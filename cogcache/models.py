@@ -81,7 +81,8 @@ def loading(part: str, root: Path) -> Iterator[None]:
     except (
         Exception
     ) as error:  # OSError, ValueError, KeyError, SafetensorError...: all mean the same to the user
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
+        reason = kind + " ".join(str(error).split())[:300]
         raise ModelError(
             f"the {part} in {root} cannot be loaded: {reason}", "Is the checkpoint whole? Fetch it again."
         ) from error

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cogcache.tiny import Family, build_tiny_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_hash_memory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests, and the processes they start, leave the user's cache folder alone."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache-home"))
 
 
 @pytest.fixture(scope="session")

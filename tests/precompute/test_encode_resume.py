@@ -6,14 +6,19 @@ import random
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cogcache.cache.format import Entry
 from cogcache.cache.reader import CacheReader
+from cogcache.cache.writer import ShardJob
 from cogcache.config import EncodeConfig
+from cogcache.precompute import encode_all
+from cogcache.precompute.text import FrozenText
 
 KILLS = 20
 
@@ -143,3 +148,39 @@ def test_ctrl_c_says_how_to_go_on(
     (code,), said, _ = encode_server.run(config)
     assert code == 3, said
     assert content(config.shards) == content(tmp_path / "reference")
+
+
+def test_batches_of_captions_do_not_depend_on_interruptions(
+    settings: Callable[..., EncodeConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A row's last bits may depend on the batch it is in, so a resumed run must form the same batches."""
+    batches: list[tuple[str, ...]] = []
+    stop_after = 10**9
+
+    def recording(self: FrozenText, captions: Sequence[str]) -> torch.Tensor:
+        batches.append(tuple(captions))
+        return encode(self, captions)
+
+    def stopping(self: ShardJob, entry: Entry) -> None:
+        nonlocal stop_after
+        if self.series == "text":
+            stop_after -= 1
+            if stop_after < 0:
+                raise KeyboardInterrupt
+        append(self, entry)
+
+    encode, append = FrozenText.encode, ShardJob.append
+    monkeypatch.setattr(FrozenText, "encode", recording)
+    monkeypatch.setattr(ShardJob, "append", stopping)
+    encode_all(settings(shards=tmp_path / "reference", text_batch_size=3))
+    undisturbed, batches = batches, []
+    assert [len(batch) for batch in undisturbed] == [3, 3, 2]
+    for already in (1, 3, 4, 7):
+        shards = tmp_path / f"stopped-after-{already}"
+        stop_after = already
+        with pytest.raises(KeyboardInterrupt):
+            encode_all(settings(shards=shards, text_batch_size=3))
+        stop_after, batches = 10**9, []
+        assert encode_all(settings(shards=shards, text_batch_size=3)).captions == 8 - already
+        assert batches == undisturbed[already // 3 :]
+        assert content(shards) == content(tmp_path / "reference")
