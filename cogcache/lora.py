@@ -10,7 +10,7 @@
     :class:`Provenance` as JSON: base model and its facts, cache fingerprint, and the training clips' frames,
     size and fps. diffusers ignores it; ``cogcache infer`` takes its defaults from it.
 
-Files are never unpickled.
+Files of other tools are read too (:mod:`cogcache.lora_foreign`). Files are never unpickled.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cogcache.errors import LoraError, StorageError
+from cogcache.lora_foreign import ADAPTER_KEY as _ADAPTER_KEY
+from cogcache.lora_foreign import canonical_names, find_weights, metadata_adapter
 from cogcache.tensorfile import read_tensor_header
 from cogcache.variants import Variant
 
@@ -38,7 +41,6 @@ __all__ = ["LORA_FILE_NAME", "LoraHeader", "Provenance", "read_lora_header", "sa
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 
 _PREFIX = "transformer."
-_ADAPTER_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
 _OUR_KEY = "cogcache"
 
 # What of a PEFT LoraConfig decides the adapter's function. The rest is left out, because an older PEFT
@@ -80,12 +82,14 @@ class LoraHeader:
     """What the header of a LoRA file says.
 
     Attributes:
-        path: The file.
-        shapes: Shape of each tensor, by name without ``transformer.``.
+        path: The file or folder asked for.
+        shapes: Shape of each tensor, by canonical name (:mod:`cogcache.lora_foreign`).
         rank: The rank, or the highest if layers differ.
         alpha: The trained alpha; ``None`` if the file does not say.
-        adapter: The ``LoraConfig`` keys stored; empty for foreign files without them.
+        adapter: The ``LoraConfig`` keys stored; empty for foreign files that do not say their alpha.
         provenance: All ``None`` for files not made by this project.
+        file: The weights file.
+        names: Name in the file of each tensor, by canonical name.
     """
 
     path: Path
@@ -94,6 +98,8 @@ class LoraHeader:
     alpha: float | None
     adapter: dict[str, Any] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
+    file: Path = Path()
+    names: dict[str, str] = field(default_factory=dict)
 
     @property
     def base_model(self) -> str | None:
@@ -160,31 +166,36 @@ def save_lora(
 
 
 def read_lora_header(path: Path) -> LoraHeader:
-    """Read what a LoRA file says about itself; no tensor data is read.
+    """Read what a LoRA says about itself; no tensor data is read but alphas stored as tensors.
+
+    Args:
+        path: A file, or a folder with ``adapter_model.safetensors`` or ``pytorch_lora_weights.safetensors``.
 
     Raises:
         LoraError: if it is missing, not a safetensors file, not a LoRA for a transformer, or damaged.
     """
+    file, config = find_weights(path, [LORA_FILE_NAME])
     try:
-        header = read_tensor_header(path)
+        header = read_tensor_header(file)
     except FileNotFoundError:
-        raise LoraError(f"there is no LoRA file {str(path)!r}.") from None
+        raise LoraError(f"there is no LoRA file {str(file)!r}.") from None
     except OSError as error:
-        raise LoraError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise LoraError(f"{file} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:
         raise LoraError(
-            f"{path} is not a LoRA file: {error}.", "A .safetensors file is needed; pickles are never loaded."
+            f"{file} is not a LoRA file: {error}.", "A .safetensors file is needed; pickles are never loaded."
         ) from None
-    shapes = _lora_shapes(path, header.shapes)
-    adapter = _adapter_in(path, header.metadata)
-    alpha = adapter.get("lora_alpha")
+    names, shapes, alphas = _lora_shapes(file, header.shapes)
+    adapter = _adapter_in(file, header.metadata, config) or _adapter_of_tensors(file, shapes, alphas)
     return LoraHeader(
         path=path,
         shapes=shapes,
         rank=max(shape[0] for name, shape in shapes.items() if name.endswith("lora_A.weight")),
-        alpha=None if alpha is None else float(alpha),
+        alpha=float(adapter["lora_alpha"]) if adapter else None,
         adapter=adapter,
-        provenance=_provenance_in(path, header.metadata),
+        provenance=_provenance_in(file, header.metadata),
+        file=file,
+        names=names,
     )
 
 
@@ -237,29 +248,64 @@ def _replace(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
-def _lora_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _lora_shapes(
+    path: Path, stored: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]], dict[str, str]]:
+    """Names in the file and shapes by canonical name; and the names of alpha tensors by layer."""
+    try:
+        canonical = canonical_names(stored)
+    except ValueError as error:
+        raise LoraError(f"{path} holds {error}.") from None
+    names = {name: raw for raw, name in canonical.items() if not name.endswith(".alpha")}
+    alphas = {name.removesuffix(".alpha"): raw for raw, name in canonical.items() if name.endswith(".alpha")}
+    shapes = {name: stored[raw] for name, raw in names.items()}
     down = [name for name in shapes if name.endswith(".lora_A.weight")]
     if not down:
         raise LoraError(f"{path} is not a LoRA file: it holds no lora_A weights.")
-    strange = [name for name in shapes if not name.startswith(_PREFIX) or ".lora_" not in name]
-    if strange:
-        raise LoraError(f"{path} holds weights that are not a transformer's LoRA: {strange[0][:100]}.")
     if any(len(shapes[name]) != 2 or not math.prod(shapes[name]) for name in down):
         raise LoraError(f"{path} holds LoRA weights that are not matrices.")
-    return {name.removeprefix(_PREFIX): shape for name, shape in shapes.items()}
+    alone = [name for name in down if name.replace("lora_A", "lora_B") not in shapes]
+    if alone:
+        raise LoraError(f"{path} is incomplete: {alone[0][:100]} has no lora_B.")
+    return names, shapes, alphas
 
 
-def _adapter_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    text = metadata.get(_ADAPTER_KEY)
-    if text is None:
-        return {}
+def _adapter_in(path: Path, metadata: Mapping[str, str], config: Path | None) -> dict[str, Any]:
+    """The stored ``LoraConfig`` keys, checked as far as they are used; empty if there are none."""
     try:
-        stored = {str(key).removeprefix(_PREFIX): value for key, value in json.loads(text).items()}
+        stored = metadata_adapter(metadata, config)
+        if not stored:
+            return {}
         if not (math.isfinite(stored["lora_alpha"]) and isinstance(stored["r"], int)):
             raise ValueError("alpha or rank is not a number")
-    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        for pattern, alpha in (stored.get("alpha_pattern") or {}).items():
+            re.compile(pattern)
+            if not math.isfinite(alpha):
+                raise ValueError("alpha is not a number")
+    except (ArithmeticError, AttributeError, KeyError, OSError, TypeError, ValueError, re.error) as error:
         raise LoraError(f"{path} has damaged adapter metadata: {error}.") from None
     return stored
+
+
+def _adapter_of_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], alphas: Mapping[str, str]
+) -> dict[str, Any]:
+    """LoRA settings from one alpha tensor per layer; empty if there are none."""
+    if not alphas:
+        return {}
+    layers = [name.removesuffix(".lora_A.weight") for name in shapes if name.endswith(".lora_A.weight")]
+    without = [layer for layer in layers if layer not in alphas]
+    if without:
+        raise LoraError(f"{path} says alpha for some layers, but not for {without[0][:100]}.")
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        values = {layer: float(file.get_tensor(alphas[layer]).reshape(-1)[0]) for layer in layers}
+    if not all(map(math.isfinite, values.values())):
+        raise LoraError(f"{path} says an alpha that is not a number.")
+    first = values[layers[0]]
+    pattern = {"^" + re.escape(layer): alpha for layer, alpha in values.items() if alpha != first}
+    return {"r": shapes[f"{layers[0]}.lora_A.weight"][0], "lora_alpha": first, "alpha_pattern": pattern}
 
 
 def _provenance_in(path: Path, metadata: Mapping[str, str]) -> Provenance:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from cogcache.infer.plan import PIPELINES, Plan
+from cogcache.infer.plan import Plan
+from cogcache.lora_weights import read_lora
 from cogcache.models import pick_device, torch_dtype
 from cogcache.quiet import quiet_libraries
 from cogcache.tiling import set_decode_tiling
@@ -21,10 +22,8 @@ def load_pipeline(plan: Plan) -> Any:
 
     Only safetensors are read.
     """
-    import diffusers
-
     with quiet_libraries():
-        pipe = getattr(diffusers, PIPELINES[plan.variant.task]).from_pretrained(
+        pipe = _pipeline_class(plan).from_pretrained(
             plan.model, dtype=torch_dtype(plan.dtype), use_safetensors=True, local_files_only=True
         )
     pipe.set_progress_bar_config(disable=True)
@@ -33,8 +32,25 @@ def load_pipeline(plan: Plan) -> Any:
         _set_lora(pipe, plan)
     if plan.config.tiling:
         set_decode_tiling(pipe.vae, plan.size)
+    if plan.mode == "i2v":
+        _encode_whole(pipe.vae)
     _place(pipe, plan)
     return pipe
+
+
+def _pipeline_class(plan: Plan) -> Any:
+    import diffusers
+
+    if plan.mode == "v2v" and plan.variant.patch_size_t is not None:
+        from cogcache.infer.video2video import PaddedVideoToVideoPipeline
+
+        return PaddedVideoToVideoPipeline
+    names = {
+        "t2v": "CogVideoXPipeline",
+        "i2v": "CogVideoXImageToVideoPipeline",
+        "v2v": "CogVideoXVideoToVideoPipeline",
+    }
+    return getattr(diffusers, names[plan.mode])
 
 
 def _set_scheduler(pipe: Any, choice: str) -> None:
@@ -46,12 +62,37 @@ def _set_scheduler(pipe: Any, choice: str) -> None:
 
 
 def _set_lora(pipe: Any, plan: Plan) -> None:
-    """Load, weigh and perhaps merge the LoRA. At scale 0 PEFT adds an exact zero."""
+    """Load, weigh and perhaps merge the LoRA. At scale 0 PEFT adds an exact zero.
+
+    What ``pipe.load_lora_weights`` does after it has read a file; it would not find alpha in other tools' files.
+    """
     assert plan.lora
-    pipe.load_lora_weights(plan.lora.path, adapter_name=_ADAPTER, use_safetensors=True)
+    lora = read_lora(plan.lora, plan.config.lora_alpha)
+    pipe.load_lora_into_transformer(
+        {f"transformer.{name}": tensor for name, tensor in lora.tensors.items()},
+        pipe.transformer,
+        adapter_name=_ADAPTER,
+        metadata={f"transformer.{name}": value for name, value in lora.settings.items()},
+        _pipeline=pipe,
+        low_cpu_mem_usage=True,
+    )
     pipe.set_adapters([_ADAPTER], [plan.config.lora_scale])
     if plan.config.fuse:
         pipe.fuse_lora()  # merges at the weight set above
+
+
+def _encode_whole(vae: Any) -> None:
+    """Encode the first frame whole even where decoding is tiled, as it was for training; it is one picture."""
+    encode = vae.encode
+
+    def encode_whole(*inputs: Any, **options: Any) -> Any:
+        tiling, vae.use_tiling = vae.use_tiling, False
+        try:
+            return encode(*inputs, **options)
+        finally:
+            vae.use_tiling = tiling
+
+    vae.encode = encode_whole
 
 
 def _place(pipe: Any, plan: Plan) -> None:

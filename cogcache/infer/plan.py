@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cogcache.config import InferConfig
 from cogcache.errors import ConfigError, ModelError
 from cogcache.geometry import Size, parse_size
-from cogcache.infer.fit import check_lora_fits
+from cogcache.infer.inputs import Inputs, read_inputs
 from cogcache.lora import LoraHeader, read_lora_header
+from cogcache.lora_fit import check_lora_fits
 from cogcache.models import resolve_model
 from cogcache.variants import Variant, read_variant, weights_dtype
 
-__all__ = ["PIPELINES", "Plan", "plan_inference"]
+__all__ = ["Mode", "Plan", "plan_inference"]
 
-# The diffusers pipeline of each task: the one place where the task decides.
-PIPELINES = {"t2v": "CogVideoXPipeline"}
+Mode = Literal["t2v", "i2v", "v2v"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Plan:
     Attributes:
         config: The effective settings: every default filled in, prompts listed. Run again, it gives the same.
         model: Local folder of the base model.
-        prompts: One for each of ``outputs``.
+        mode: Text, first frame or video to video.
+        inputs: What is given for each video.
+        steps: Denoising steps done for each video; with a source video only the last ones are.
         dtype: Name of the floating dtype of all modules.
     """
 
@@ -34,12 +37,23 @@ class Plan:
     model: Path
     variant: Variant
     lora: LoraHeader | None
-    prompts: tuple[str, ...]
-    outputs: tuple[Path, ...]
+    mode: Mode
+    inputs: Inputs
+    steps: int
     frames: int
     size: Size
     fps: float
     dtype: str
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One for each of :attr:`outputs`."""
+        return self.inputs.prompts
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The files to write."""
+        return self.inputs.outputs
 
 
 def plan_inference(config: InferConfig) -> Plan:
@@ -48,31 +62,64 @@ def plan_inference(config: InferConfig) -> Plan:
     Raises:
         ConfigError, GeometryError, LoraError, ModelError: saying what is wrong.
     """
-    prompts, outputs = _prompts_and_outputs(config)
+    inputs = read_inputs(config)
     lora = read_lora_header(config.lora) if config.lora else None
     name, root = _base_model(config, lora)
     variant = read_variant(root)
-    if variant.task not in PIPELINES:
-        raise ConfigError(
-            f"{name} is an image-to-video model, and 'cogcache infer' does not take a first frame yet.",
-            "Load the LoRA in diffusers' CogVideoXImageToVideoPipeline.",
-        )
+    mode = _mode(variant, inputs, name)
     if lora:
-        check_lora_fits(lora, variant, root / "transformer", name)
+        check_lora_fits(lora, variant, root / "transformer", name, alpha=config.lora_alpha)
     frames, size, fps = _geometry(config, lora, variant)
     dtype = weights_dtype(root / "transformer") if config.dtype == "auto" else config.dtype
     effective = config.model_copy(
         update={
             "model": name,
-            "prompt": list(prompts),
+            "prompt": list(inputs.prompts),
             "prompts_file": None,
+            "image": list(inputs.images),
+            "images_file": None,
+            "video": list(inputs.videos),
             "frames": frames,
             "size": str(size),
             "fps": fps,
             "dtype": dtype,
         }
     )
-    return Plan(effective, root, variant, lora, prompts, outputs, frames, size, fps, dtype)
+    steps = _steps(config, mode)
+    return Plan(effective, root, variant, lora, mode, inputs, steps, frames, size, fps, dtype)
+
+
+def _mode(variant: Variant, inputs: Inputs, model: str) -> Mode:
+    if variant.task == "i2v":
+        if inputs.videos:
+            raise ConfigError(
+                f"{model} is an image-to-video model and takes no --video.",
+                "Give --image, or another --model.",
+            )
+        if not inputs.images:
+            raise ConfigError(
+                f"{model} is an image-to-video model: it needs a first frame for each prompt.",
+                "Give it with --image or --images-file.",
+            )
+        return "i2v"
+    if inputs.images:
+        raise ConfigError(
+            f"{model} is a text-to-video model and takes no --image.",
+            "Leave it out, or name an image-to-video model with --model.",
+        )
+    return "v2v" if inputs.videos else "t2v"
+
+
+def _steps(config: InferConfig, mode: Mode) -> int:
+    """As the video-to-video pipeline counts: the last ``steps * strength``, rounded down."""
+    if mode != "v2v":
+        return config.steps
+    steps = min(int(config.steps * config.strength), config.steps)
+    if not steps:
+        raise ConfigError(
+            f"--strength {config.strength:g} of {config.steps} --steps leaves no step to do.", "Raise either."
+        )
+    return steps
 
 
 def _base_model(config: InferConfig, lora: LoraHeader | None) -> tuple[str, Path]:
@@ -99,27 +146,3 @@ def _geometry(config: InferConfig, lora: LoraHeader | None, variant: Variant) ->
     size = parse_size(size_text) if size_text else variant.default_size
     variant.check_clip(frames, size)
     return frames, size, config.fps or (lora and lora.fps) or float(variant.native_fps)
-
-
-def _prompts_and_outputs(config: InferConfig) -> tuple[tuple[str, ...], tuple[Path, ...]]:
-    if config.output.suffix.lower() != ".mp4":
-        raise ConfigError(f"--output {str(config.output)!r}: the name must end in .mp4.")
-    prompts = (*config.prompt, *_read_prompts(config.prompts_file))
-    if len(prompts) == 1:
-        return prompts, (config.output,)
-    stem = config.output.stem
-    return prompts, tuple(config.output.with_name(f"{stem}-{n:03}.mp4") for n in range(len(prompts)))
-
-
-def _read_prompts(path: Path | None) -> list[str]:
-    """One prompt a line. Blank lines are left out: nothing is matched to the lines, so nothing can shift."""
-    if path is None:
-        return []
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--prompts-file {str(path)!r} cannot be read: {error}") from None
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ConfigError(f"--prompts-file {str(path)!r} holds no prompts.")
-    return prompts

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cogcache.config import InferConfig
 from cogcache.config_io import save_config
 from cogcache.errors import NonFiniteError, StorageError
+from cogcache.infer.conditions import check_conditions, pipeline_inputs
 from cogcache.infer.plan import Plan, plan_inference
 from cogcache.progress import Progress
 
@@ -28,11 +29,12 @@ def infer(config: InferConfig) -> list[Path]:
     """
     plan = plan_inference(config)
     _prepare_folder(plan)
-    from cogcache.mp4 import write_mp4
+    check_conditions(plan)
     from cogcache.infer.pipeline import load_pipeline
+    from cogcache.mp4 import write_mp4
 
     pipe = load_pipeline(plan)
-    with Progress("Generating", len(plan.prompts) * config.steps, "steps") as progress:
+    with Progress("Generating", len(plan.prompts) * plan.steps, "steps") as progress:
         for number, (prompt, output) in enumerate(zip(plan.prompts, plan.outputs, strict=True)):
             write_mp4(output, _generate(pipe, plan, prompt, number, progress), plan.fps)
     return list(plan.outputs)
@@ -64,11 +66,11 @@ def _generate(pipe: Any, plan: Plan, prompt: str, number: int, progress: Progres
 
     config = plan.config
     video = pipe(
+        **pipeline_inputs(plan, number),
         prompt=prompt,
         negative_prompt=config.negative_prompt,
         height=plan.size.height,
         width=plan.size.width,
-        num_frames=plan.frames,
         num_inference_steps=config.steps,
         guidance_scale=config.guidance,
         use_dynamic_cfg=False,

@@ -32,10 +32,12 @@ _FAMILY = (
 )
 
 
-def check_lora_fits(lora: LoraHeader, variant: Variant, transformer: Path, model: str) -> None:
+def check_lora_fits(
+    lora: LoraHeader, variant: Variant, transformer: Path, model: str, *, alpha: float | None = None
+) -> None:
     """Refuse a LoRA of another family, or whose matrices do not fit the transformer's layers.
 
-    Warns if the file does not say its alpha.
+    Warns if neither the file nor ``alpha`` says its alpha.
 
     Raises:
         LoraError: listing the facts that differ, or naming the first layer that does not fit.
@@ -43,10 +45,11 @@ def check_lora_fits(lora: LoraHeader, variant: Variant, transformer: Path, model
     if lora.variant:
         _check_family(lora, lora.variant, variant, model)
     _check_shapes(lora, _transformer_shapes(transformer), model)
-    if lora.alpha is None:
+    if lora.alpha is None and alpha is None:
         _log.warning(
-            "%s does not say its alpha; it is applied as alpha = rank = %d. If it was trained with another, "
-            "give --lora-scale alpha/rank.",
+            "%s does not say its alpha; it is applied as alpha = rank = %d, as diffusers does. If it was trained "
+            "with another (the reference trainer's default is 64 at rank 128: half as strong), give it as "
+            "--lora-alpha.",
             lora.path,
             lora.rank,
         )
