@@ -140,6 +140,35 @@ def _tiny_model(
     typer.echo(f"Wrote a tiny {family} model with random weights to {out}")
 
 
+@app.command("convert-lora")
+def _convert_lora(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN", help="LoRA file or PEFT adapter folder, of this or another trainer."),
+    ],
+    out: Annotated[Path, typer.Argument(help="File (.safetensors), or folder for peft; must not be there.")],
+    form: Annotated[
+        Literal["diffusers", "folded", "peft"],
+        typer.Option(
+            "--format",
+            help="diffusers: one file with alpha in its metadata. folded: alpha multiplied into the weights, for tools "
+            "that take alpha = rank. peft: adapter_model.safetensors and adapter_config.json.",
+        ),
+    ] = "folded",
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="Alpha it was trained with, if it does not say. Default: its rank."),
+    ] = None,
+) -> None:
+    """Write a LoRA in the format another tool takes.
+
+    Example:  cogcache convert-lora runs/clips/pytorch_lora_weights.safetensors for-comfyui.safetensors
+    """
+    from cogcache.lora_convert import convert_lora
+
+    typer.echo(f"Wrote {convert_lora(source, out, form, lora_alpha)} ({form})")
+
+
 @app.command("demo")
 def _demo(
     output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("runs/demo"),

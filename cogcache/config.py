@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from cogcache.lora_targets import parse_rank_pattern, plain_targets
+
 __all__ = ["EncodeConfig", "InferConfig", "TrainConfig", "setting"]
 
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
@@ -224,7 +226,24 @@ class TrainConfig(CommandConfig):
     lora_dropout: float = setting(0.0, "Dropout before lora_A.", panel=_LORA, ge=0, lt=1)
     target_modules: Annotated[list[str], Field(min_length=1)] = setting(
         ["to_q", "to_k", "to_v", "to_out.0"],
-        "Layers that get a LoRA, by name ending. Repeat the flag.",
+        "Layers that get a LoRA; repeat the flag. attention, attention+ff (with the feed-forward layers), the end of "
+        "a name (to_q), or re: and a regular expression for the whole name.",
+        panel=_LORA,
+    )
+    rank_pattern: list[str] = setting(
+        [],
+        "Another rank for some layers: name=rank, at the same alpha / rank, or name=rank:alpha. The name is the end of "
+        "a layer's, or a regular expression for it. Repeat the flag.",
+        panel=_LORA,
+    )
+    dora: bool = setting(
+        False, "DoRA: also train the length of each weight column. Slower, more memory.", panel=_LORA
+    )
+    rslora: bool = setting(False, "rsLoRA: the strength is alpha / sqrt(rank).", panel=_LORA)
+    init_lora: Path | None = setting(
+        None,
+        "Start from the weights of this LoRA (a file or folder of this or another trainer), with a fresh optimizer. "
+        "Rank, alpha, layers and kind come from it; if it does not say its alpha, from --alpha, else alpha = rank.",
         panel=_LORA,
     )
     gradient_checkpointing: bool = setting(
@@ -254,9 +273,50 @@ class TrainConfig(CommandConfig):
         None, "Go on from a checkpoint folder, or from the 'latest' in the output folder.", panel=_CKPT
     )
     log_every: int = setting(1, "Optimizer steps between lines in metrics.jsonl.", panel=_CKPT, ge=1)
+    holdout: str | None = setting(
+        None,
+        "Hold videos out of training for validation: a percentage of them such as 5%, or a file with one source a line "
+        "as samples.jsonl names them.",
+        panel=_VALIDATION,
+    )
+    validate_every: int = setting(
+        0,
+        "Optimizer steps between validations (loss on the clips held out, sample videos), and one at the end; 0 is "
+        "none. Results of training do not depend on it.",
+        panel=_VALIDATION,
+        ge=0,
+    )
+    validate_at_start: bool = setting(False, "Also validate before the first step.", panel=_VALIDATION)
+    sample_videos: bool = setting(
+        True,
+        "Validation also samples a video from each prompt that 'cogcache encode --validation-prompts' cached.",
+        panel=_VALIDATION,
+    )
+    sample_steps: int = setting(30, "Denoising steps of sample videos.", panel=_VALIDATION, ge=1)
+    sample_guidance: float = setting(
+        6.0, "Classifier-free guidance scale of sample videos; 1 is off.", panel=_VALIDATION, ge=1
+    )
+    sample_seed: int = setting(
+        42,
+        "Seed of the sample videos' starting noise, the same at every validation; prompt number N uses seed + N, as in "
+        "infer.",
+        panel=_VALIDATION,
+        ge=0,
+    )
     report_to: list[Literal["tensorboard", "wandb"]] = setting(
         [], "Also log to tensorboard and/or wandb. Repeat the flag.", panel=_CKPT
     )
+
+    @field_validator("target_modules", mode="after")
+    @classmethod
+    def _targets_can_be_read(cls, value: list[str]) -> list[str]:
+        plain_targets(value)
+        return value
+
+    @field_validator("rank_pattern", mode="after")
+    @classmethod
+    def _rank_patterns_can_be_read(cls, value: list[str]) -> list[str]:
+        return [str(parse_rank_pattern(text)) for text in value]
 
     @model_validator(mode="after")
     def _no_lora_settings_in_full(self) -> TrainConfig:
@@ -371,4 +431,6 @@ class InferConfig(CommandConfig):
             raise ValueError("give --lora, or --model to run the base model alone")
         if not self.prompt and self.prompts_file is None:
             raise ValueError("give --prompt or --prompts-file")
+        if self.lora is None and self.lora_alpha is not None:
+            raise ValueError("--lora-alpha is about a --lora")
         return self

@@ -36,7 +36,7 @@ from cogcache.variants import Variant
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LORA_FILE_NAME", "LoraHeader", "Provenance", "read_lora_header", "save_lora"]
+__all__ = ["LORA_FILE_NAME", "LoraHeader", "Provenance", "read_lora_header", "save_lora", "save_tensors"]
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 
@@ -156,7 +156,16 @@ def save_lora(
         _ADAPTER_KEY: _dump({_PREFIX + key: value for key, value in _adapter_of(lora_config).items()}),
         _OUR_KEY: provenance.model_dump_json(),
     }
-    content = _serialise({_PREFIX + name: tensor for name, tensor in tensors.items()}, metadata)
+    return save_tensors(path, {_PREFIX + name: tensor for name, tensor in tensors.items()}, metadata)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file, durable and complete or not at all. Equal input gives equal bytes.
+
+    Raises:
+        StorageError: if the file cannot be written.
+    """
+    content = _serialise(tensors, metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, content)
@@ -219,7 +228,7 @@ def _dump(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _serialise(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+def _serialise(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
     """Bytes of a safetensors file. The library orders metadata at random, so the header is written anew."""
     from safetensors.torch import save
 

@@ -33,7 +33,13 @@ _FAMILY = (
 
 
 def check_lora_fits(
-    lora: LoraHeader, variant: Variant, transformer: Path, model: str, *, alpha: float | None = None
+    lora: LoraHeader,
+    variant: Variant,
+    transformer: Path,
+    model: str,
+    *,
+    alpha: float | None = None,
+    flag: str = "--lora-alpha",
 ) -> None:
     """Refuse a LoRA of another family, or whose matrices do not fit the transformer's layers.
 
@@ -48,10 +54,10 @@ def check_lora_fits(
     if lora.alpha is None and alpha is None:
         _log.warning(
             "%s does not say its alpha; it is applied as alpha = rank = %d, as diffusers does. If it was trained "
-            "with another (the reference trainer's default is 64 at rank 128: half as strong), give it as "
-            "--lora-alpha.",
+            "with another (the reference trainer's default is 64 at rank 128: half as strong), give it as %s.",
             lora.path,
             lora.rank,
+            flag,
         )
 
 

@@ -29,7 +29,14 @@ FIELDS = [(kind, name) for kind in NEEDED for name in kind.model_fields]
 def other_value(kind: type[BaseModel], name: str) -> Any:
     """A valid value of a field that is not its default."""
     field = kind.model_fields[name]
-    special = {"fps": "12" if kind is EncodeConfig else 12.0, "report_to": ["wandb"], "lora_dropout": 0.5}
+    special = {
+        "fps": "12" if kind is EncodeConfig else 12.0,
+        "report_to": ["wandb"],
+        "lora_dropout": 0.5,
+        "rank_pattern": ["to_q=4", "to_k=4:2.0"],
+        "image": [Path("one.png"), Path("two.png")],
+        "video": [Path("one.mp4")],
+    }
     if name in special:
         return special[name]
     annotation = field.annotation
@@ -72,12 +79,16 @@ def test_every_setting_is_a_flag_and_a_yaml_key(kind: type[BaseModel], name: str
     needed = {key: item for key, item in NEEDED[kind].items() if key != name}
     if kind is InferConfig and name == "lora":
         needed["model"] = "some/model"
+    if name == "lora_alpha":
+        needed["lora"] = "some.safetensors"
     expected = kind(**needed, **{name: value})
     default = kind(**{**NEEDED[kind], **needed})
     assert getattr(expected, name) != getattr(default, name)
     base = [part for key, item in needed.items() for part in flags(key, item)]
     assert parse(kind, base + flags(name, value)) == expected
-    plain = value if not isinstance(value, Path) else str(value)
+    plain = str(value) if isinstance(value, Path) else value
+    if isinstance(plain, list):
+        plain = [str(item) for item in plain]
     file = tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump({**needed, name.replace("_", "-"): plain}), "utf-8")
     assert parse(kind, ["--config", str(file)]) == expected

@@ -51,7 +51,7 @@ class PaddedVideoToVideoPipeline(CogVideoXVideoToVideoPipeline):  # type: ignore
         padded_bfchw = torch.cat([first, clean_bfchw], dim=1)
         noise = randn_tensor(padded_bfchw.shape, generator=generator, device=device, dtype=dtype)
         noisy: torch.Tensor = self.scheduler.add_noise(padded_bfchw, noise, timestep)
-        return noisy * self.scheduler.init_noise_sigma
+        return noisy * float(self.scheduler.init_noise_sigma)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         return super().decode_latents(latents[:, self._extra :])  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from cogcache.draws import generator
 from cogcache.errors import CheckpointError, ConfigError, ModelError
 from cogcache.lora import Provenance, save_lora
 from cogcache.models import torch_dtype
+from cogcache.train.adapter import load_init_lora, peft_config
 from cogcache.variants import weights_dtype
 
 __all__ = [
@@ -93,44 +94,22 @@ def load_scheduler(root: Path) -> Any:
 
 
 def add_lora(transformer: nn.Module, config: TrainConfig) -> None:
-    """Add a LoRA in place: float32, lora_A Kaiming-uniform from the seed and the layer's name, lora_B zero.
+    """Add a LoRA in place, float32: that of ``--init-lora``, else lora_A Kaiming-uniform from the seed and the
+    layer's name and lora_B zero.
 
     Raises:
         ConfigError: naming the target modules that match no layer.
+        LoraError: if the file of ``--init-lora`` does not fit.
     """
-    from peft import LoraConfig
-
-    _check_targets(transformer, config.target_modules)
     adapter: Any = transformer
-    adapter.add_adapter(
-        LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=list(config.target_modules),
-        )
-    )
+    adapter.add_adapter(peft_config(transformer, config))
     for name, parameter in trainable(transformer).items():
         parameter.data = parameter.data.float()  # PEFT gives it the base's dtype
         if "lora_A" in name:
             nn.init.kaiming_uniform_(
                 parameter.data, a=math.sqrt(5), generator=generator(config.seed, "lora init", name)
             )
-
-
-def _check_targets(transformer: nn.Module, targets: list[str]) -> None:
-    layers = [
-        name for name, module in transformer.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
-    unknown = [t for t in targets if not any(name == t or name.endswith("." + t) for name in layers)]
-    if unknown:
-        endings = sorted(
-            {name.split(".", 2)[-1] for name in layers if name.startswith("transformer_blocks.")}
-        )
-        raise ConfigError(
-            f"no layer of this model is named {', '.join(map(repr, unknown))}.",
-            f"Layers of a block: {', '.join(endings)}; the last parts of a name are enough (to_q).",
-        )
+    load_init_lora(transformer, config)
 
 
 def trainable(transformer: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,12 +11,15 @@ from typing import Any
 from cogcache.cache.files import make_folder
 from cogcache.cache.format import Manifest, SampleRecord, differences
 from cogcache.config import TrainConfig
+from cogcache.decode import check_decoder
 from cogcache.errors import CheckpointError, ConfigError, MismatchError
 from cogcache.finetuned import TRANSFORMER_FOLDER
 from cogcache.geometry import Size
-from cogcache.lora import LORA_FILE_NAME, Provenance
-from cogcache.models import resolve_model
+from cogcache.hashing import file_sha256
+from cogcache.lora import LORA_FILE_NAME, Provenance, read_lora_header
+from cogcache.models import Component, resolve_model
 from cogcache.train.checkpoints import Checkpoint, find_checkpoint, list_checkpoints
+from cogcache.train.holdout import describe
 from cogcache.train.metrics import METRICS_FILE
 from cogcache.variants import Variant, read_variant
 
@@ -34,11 +37,13 @@ FREE_FIELDS = frozenset(
     {
         "shards", "output", "model", "resume", "steps", "batch_size", "grad_accum", "checkpoint_every",
         "keep_checkpoints", "log_every", "report_to", "workers", "device", "gradient_checkpointing",
+        "holdout", "validate_every", "validate_at_start",
+        "sample_videos", "sample_steps", "sample_guidance", "sample_seed",
     }
 )  # fmt: skip
 """Settings that may differ when a run goes on.
 
-Shards are compared by content, batch sizes by their product.
+Shards are compared by content, batch sizes by their product, what is held out by the clips.
 """
 
 
@@ -51,15 +56,22 @@ def output_folder(config: TrainConfig) -> Path:
     return config.output or Path("runs") / config.shards.resolve().name
 
 
-def resolve_base(config: TrainConfig, manifest: Manifest) -> tuple[Path, str, Variant]:
+def resolve_base(
+    config: TrainConfig, manifest: Manifest, *, decoder: bool = False
+) -> tuple[Path, str, Variant]:
     """The base model's folder, its id and its facts, which must be those the cache was made with.
+
+    With ``decoder`` the VAE is there, too.
 
     Raises:
         ModelError: if the model is not there.
         MismatchError: if ``--model`` is of another kind than the cache's model.
     """
     name = config.model or manifest.model.id
-    root = resolve_model(name, ("transformer", "scheduler"))
+    parts: tuple[Component, ...] = ("transformer", "scheduler")
+    root = resolve_model(name, (*parts, "vae") if decoder else parts)
+    if decoder:
+        check_decoder(root)
     variant = read_variant(root)
     wrong = differences(manifest.model.variant.model_dump(), variant.model_dump())
     if wrong:
@@ -87,13 +99,18 @@ def provenance_of(
     )
 
 
-def run_record(config: TrainConfig, manifest: Manifest, processes: int) -> dict[str, Any]:
+def run_record(
+    config: TrainConfig, manifest: Manifest, processes: int, held_out: Sequence[SampleRecord] = ()
+) -> dict[str, Any]:
     """Everything that decides the numbers of a run, flat."""
     settings = config.model_dump(mode="json", exclude=set(FREE_FIELDS))
+    if config.init_lora is not None:
+        settings["init_lora"] = file_sha256(read_lora_header(config.init_lora).file)
     return {
         **settings,
         "global_batch": config.batch_size * config.grad_accum * processes,
         "shards_fingerprint": manifest.fingerprint(),
+        "held_out": describe(held_out),
     }
 
 

@@ -9,14 +9,17 @@ from cogcache.cache.reader import CacheReader
 from cogcache.config import TrainConfig
 from cogcache.config_io import save_config
 from cogcache.progress import say
+from cogcache.train.adapter import continue_from
 from cogcache.train.checkpoints import Checkpoint
 from cogcache.train.data import Samples
 from cogcache.train.devices import open_accelerator, set_matmul_precision
+from cogcache.train.holdout import split_holdout
 from cogcache.train.loop import Trainer
 from cogcache.train.metrics import check_trackers
 from cogcache.train.model import base_dtype, load_scheduler, load_transformer
 from cogcache.train.run import check_resume, claim_output, provenance_of, resolve_base, run_record
 from cogcache.train.tuning import tuning_for
+from cogcache.train.validation import Validator, VideoShape, check_validation, wants_videos
 
 __all__ = ["TrainResult", "train"]
 
@@ -52,11 +55,14 @@ def train(config: TrainConfig) -> TrainResult:
     """
     check_trackers(config)
     reader = CacheReader(config.shards)
-    root, model_id, variant = resolve_base(config, reader.manifest)
-    samples = Samples(reader, variant, config)
+    training, held_out = split_holdout(reader.samples, config)
+    check_validation(config, reader, held_out)
+    root, model_id, variant = resolve_base(config, reader.manifest, decoder=wants_videos(config, reader))
+    config = continue_from(config, variant, root, model_id)
+    samples = Samples(reader, variant, config, training)
     dtype = base_dtype(root, config.dtype)
     accelerator = open_accelerator(config)
-    run = run_record(config, reader.manifest, accelerator.num_processes)
+    run = run_record(config, reader.manifest, accelerator.num_processes, held_out)
     output, checkpoint = claim_output(config)
     if checkpoint:
         check_resume(checkpoint, run, config)
@@ -67,16 +73,31 @@ def train(config: TrainConfig) -> TrainResult:
     transformer = load_transformer(root, tuning.held_in, gradient_checkpointing=config.gradient_checkpointing)
     tuning.prepare(transformer)
     set_matmul_precision(accelerator.device, dtype)
+    transformer, scheduler = transformer.to(accelerator.device), load_scheduler(root)
+    validator = Validator(
+        config,
+        accelerator,
+        transformer,
+        scheduler,
+        reader,
+        held_out,
+        variant=variant,
+        root=root,
+        output=output,
+        dtype=dtype,
+        shape=VideoShape.of(provenance, variant),
+    )
     trainer = Trainer(
         config,
         accelerator,
-        transformer.to(accelerator.device),
-        load_scheduler(root),
+        transformer,
+        scheduler,
         samples,
         dtype=dtype,
         output=output,
         run=run,
         tuning=tuning,
+        validator=validator,
     )
     if checkpoint:
         trainer.restore(checkpoint)
