@@ -115,9 +115,13 @@ class SeriesFolder:
         """Keys of all entries that are on disk, in committed and in unfinished shards."""
         return self.committed_keys().union(*(self.durable(name) for name in self.unfinished()))
 
-    def pending_keys(self) -> set[str]:
-        """Keys that some unfinished shard may still get: those after its last durable entry."""
-        return {key for name in self.unfinished() for key in after(self.plan(name), self.durable(name))}
+    def settled_keys(self) -> set[str]:
+        """Keys that are on disk, or that some unfinished shard may still get: they need no new plan."""
+        keys = self.committed_keys()
+        for name in self.unfinished():
+            durable = self.durable(name)  # once: the shard's holder goes on appending meanwhile
+            keys.update(durable, after(self.plan(name), durable))
+        return keys
 
     def add_plans(self, keys: Sequence[str], entries_per_shard: int) -> list[str]:
         """Decide the shards of ``keys``, in this order; returns the names of the new shards."""

@@ -144,8 +144,10 @@ def test_stopped_before_every_single_step(
                 encode(root, told.append)
             gc.collect()
             install(FakeOs(), patch)
-            assert set(told) <= durable(root), fake.log
-            encode(root)
+            there, again = durable(root), list[str]()
+            assert set(told) <= there, fake.log
+            encode(root, again.append)
+            assert there.isdisjoint(again), fake.log
         assert snapshot(root) == expected, fake.log
 
 
@@ -163,8 +165,10 @@ def test_every_single_step_fails(
             caught = None
             gc.collect()
             install(FakeOs(), patch)
-            assert set(told) <= durable(root), fake.log
-            encode(root)
+            there, again = durable(root), list[str]()
+            assert set(told) <= there, fake.log
+            encode(root, again.append)
+            assert there.isdisjoint(again), fake.log
         assert snapshot(root) == expected, fake.log
 
 

@@ -22,8 +22,10 @@ from cache_kit import (
     text_key,
 )
 
+from cogcache.cache.folder import SeriesFolder
 from cogcache.cache.format import IMAGES, LATENTS, TEXT, Entry, FailureRecord, Identity
 from cogcache.cache.reader import CacheReader
+from cogcache.cache.tar_shard import durable_keys
 from cogcache.cache.writer import CacheWriter
 from cogcache.errors import CacheError, DamagedCacheError, MismatchError
 
@@ -218,6 +220,25 @@ def test_a_failure_that_is_passed_over_is_planned_anew_in_the_next_run(writer: C
         tuple(LATENT_KEYS[3:]),
         (LATENT_KEYS[1],),
     ]
+
+
+def test_planning_beside_a_process_that_goes_on_appending(
+    writer: CacheWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.plan(LATENTS, LATENT_KEYS, 5)
+    job = next(jobs := writer.jobs(LATENTS, LATENT_KEYS))
+    other = CacheWriter.open(writer.root, identity())
+    todo = list(job.remaining)
+
+    def durable(self: SeriesFolder, name: str) -> list[str]:
+        found = durable_keys(self.path, name)
+        job.append(entry(todo.pop(0)))
+        return found
+
+    monkeypatch.setattr(SeriesFolder, "durable", durable)
+    other.plan(LATENTS, LATENT_KEYS, 5)
+    assert [path.name for path in (writer.root / LATENTS).glob("*.plan.json")] == ["latents-00000.plan.json"]
+    jobs.close()
 
 
 def test_planned_keys_that_nobody_wants_any_more_are_left_out(writer: CacheWriter) -> None:
