@@ -1,4 +1,4 @@
-"""Writing H.264 mp4 files that play everywhere."""
+"""Writing H.264 mp4 files that play everywhere, and reading them back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from cogcache.errors import StorageError
 
-__all__ = ["write_mp4"]
+__all__ = ["read_mp4", "write_mp4"]
 
 _BT709, _LIMITED_RANGE = 1, 1  # code points of ITU-T H.273
 _CRF = "17"  # close to visually lossless
@@ -36,6 +36,16 @@ def write_mp4(path: Path, frames: npt.NDArray[np.uint8], fps: float) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def read_mp4(path: Path) -> tuple[npt.NDArray[np.uint8], float]:
+    """RGB frames [F, H, W, 3] and frames per second of a file that :func:`write_mp4` wrote."""
+    import av
+
+    with av.open(str(path)) as container:
+        rate = container.streams.video[0].average_rate
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames), float(rate or 1)
 
 
 def _encode(path: Path, frames: npt.NDArray[np.uint8], fps: float) -> None:

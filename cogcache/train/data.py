@@ -12,7 +12,7 @@ interpreter lock. Nothing is copied through shared memory and nothing is forked 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import TypeVar
@@ -29,7 +29,7 @@ from cogcache.errors import CacheError
 from cogcache.train.objective import padded_frames
 from cogcache.variants import Variant
 
-__all__ = ["Batch", "Micro", "Samples", "StepPlan", "read_ahead", "step_plans"]
+__all__ = ["Batch", "Draws", "Micro", "Samples", "StepPlan", "read_ahead", "read_sample", "step_plans"]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -104,19 +104,67 @@ class Batch:
         return Batch(**{name: function(value) for name, value in values.items() if value is not None})
 
 
+@dataclass(frozen=True)
+class Draws:
+    """All that is random about one use of a sample.
+
+    Attributes:
+        timestep: In [0, number of training timesteps).
+        text: Key of the embedding to use.
+        image: Key of the image condition to use; None for text-to-video.
+        image_dropped: Whether zeros take its place.
+        normal: From purpose and shape to standard normal noise, float32.
+    """
+
+    timestep: int
+    text: str
+    image: str | None
+    image_dropped: bool
+    normal: Callable[[str, tuple[int, ...]], Tensor]
+
+
+def read_sample(
+    reader: CacheReader, variant: Variant, record: SampleRecord, draws: Draws
+) -> dict[str, Tensor]:
+    """The tensors of one sample by the names of :class:`Batch`, each without its first dimension."""
+    moments = reader.read(LATENTS, record.latents).tensors["moments"]
+    channels, frames, height, width = variant.latent_channels, *moments.shape[1:]
+    padded = padded_frames(frames, variant.patch_size_t)
+    row = {
+        "moments_bcfhw": moments,
+        "prompt_embeds_bld": reader.read(TEXT, draws.text).tensors["prompt_embeds"],
+        "noise_bpchw": draws.normal("noise", (padded, channels, height, width)),
+        "posterior_noise_bcfhw": draws.normal("posterior", (channels, frames, height, width)),
+        "timesteps_b": torch.tensor(draws.timestep),
+    }
+    if draws.image is not None:
+        latents = reader.read(IMAGES, draws.image).tensors["latents"]
+        row["image_latents_bcfhw"] = torch.zeros_like(latents) if draws.image_dropped else latents
+    return row
+
+
 class Samples:
-    """The samples of a cache, with their draws. Safe to use from several threads.
+    """The training samples of a cache, with their draws. Safe to use from several threads.
+
+    Args:
+        records: Which samples of the cache. Default: all.
 
     Raises:
         CacheError: if the model needs image conditions and a sample has none, or the cache is empty.
     """
 
-    def __init__(self, reader: CacheReader, variant: Variant, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        reader: CacheReader,
+        variant: Variant,
+        config: TrainConfig,
+        records: Sequence[SampleRecord] | None = None,
+    ) -> None:
         self.reader, self.variant, self.config = reader, variant, config
-        self.records = reader.samples
+        self.records = reader.samples if records is None else list(records)
         if not self.records:
             raise CacheError(f"{reader.root} holds no clips.", "See its failures.jsonl for the reasons.")
-        bare = next((r for r in self.records if variant.task == "i2v" and not r.images), None)
+        bare = next((r for r in reader.samples if variant.task == "i2v" and not r.images), None)
         if bare:
             raise CacheError(
                 f"{bare.source} has no image conditions, and this is an image-to-video model.",
@@ -125,7 +173,11 @@ class Samples:
 
     def batch(self, micro: Micro, *, pin: bool = False) -> Batch:
         """Read and draw a microbatch, on the CPU; in page-locked memory with ``pin``."""
-        rows = [self._sample(micro.epoch, self.records[index]) for index in micro.samples]
+        records = [self.records[index] for index in micro.samples]
+        rows = [
+            read_sample(self.reader, self.variant, record, self._draws(micro.epoch, record))
+            for record in records
+        ]
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         batch = Batch(**stacked)
         return batch.map(Tensor.pin_memory) if pin else batch
@@ -134,35 +186,19 @@ class Samples:
         """The timestep of a sample in an epoch, uniform over {0 .. number of training timesteps - 1}."""
         return int(self._uniform(epoch, record, "timestep") * self.variant.num_train_timesteps)
 
-    def _sample(self, epoch: int, record: SampleRecord) -> dict[str, Tensor]:
-        moments = self.reader.read(LATENTS, record.latents).tensors["moments"]
-        channels, frames, height, width = self.variant.latent_channels, *moments.shape[1:]
-        padded = padded_frames(frames, self.variant.patch_size_t)
-        row = {
-            "moments_bcfhw": moments,
-            "prompt_embeds_bld": self.reader.read(TEXT, self._text_key(epoch, record)).tensors[
-                "prompt_embeds"
-            ],
-            "noise_bpchw": self._normal(epoch, record, "noise", (padded, channels, height, width)),
-            "posterior_noise_bcfhw": self._normal(
-                epoch, record, "posterior", (channels, frames, height, width)
-            ),
-            "timesteps_b": torch.tensor(self.timestep(epoch, record)),
-        }
-        if self.variant.task == "i2v":
-            row["image_latents_bcfhw"] = self._image(epoch, record)
-        return row
+    def _draws(self, epoch: int, record: SampleRecord) -> Draws:
+        caption_dropped = self._uniform(epoch, record, "caption") < self.config.caption_dropout
+        return Draws(
+            timestep=self.timestep(epoch, record),
+            text=self.reader.manifest.unconditional if caption_dropped else record.text,
+            image=self._image(epoch, record) if self.variant.task == "i2v" else None,
+            image_dropped=self._uniform(epoch, record, "image dropout") < self.config.image_dropout,
+            normal=lambda purpose, shape: self._normal(epoch, record, purpose, shape),
+        )
 
-    def _text_key(self, epoch: int, record: SampleRecord) -> str:
-        dropped = self._uniform(epoch, record, "caption") < self.config.caption_dropout
-        return self.reader.manifest.unconditional if dropped else record.text
-
-    def _image(self, epoch: int, record: SampleRecord) -> Tensor:
-        """One draw of the image-condition bank [C, 1, H, W], or zeros where the condition is dropped."""
-        key = record.images[int(self._uniform(epoch, record, "image") * len(record.images))]
-        latents = self.reader.read(IMAGES, key).tensors["latents"]
-        dropped = self._uniform(epoch, record, "image dropout") < self.config.image_dropout
-        return torch.zeros_like(latents) if dropped else latents
+    def _image(self, epoch: int, record: SampleRecord) -> str:
+        """Key of one draw of the image-condition bank."""
+        return record.images[int(self._uniform(epoch, record, "image") * len(record.images))]
 
     def _uniform(self, epoch: int, record: SampleRecord, purpose: str) -> float:
         return uniform(self.config.seed, epoch, record.id, purpose)

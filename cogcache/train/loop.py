@@ -29,6 +29,7 @@ from cogcache.train.report import NoReport, Report, StepResult
 from cogcache.train.schedule import learning_rate
 from cogcache.train.signals import StopRequest
 from cogcache.train.tuning import Tuning
+from cogcache.train.validation import Validator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,6 +46,7 @@ class Trainer:
         dtype: What the transformer computes in; float16 gets loss scaling.
         run: What decides the numbers of this run (kept in checkpoints).
         tuning: What is trained and how it is written.
+        validator: Measures held-out clips and samples videos in between.
     """
 
     def __init__(
@@ -59,10 +61,11 @@ class Trainer:
         output: Path,
         run: dict[str, Any],
         tuning: Tuning,
+        validator: Validator,
     ) -> None:
         self.config, self.accelerator, self.samples = config, accelerator, samples
         self.transformer, self.scheduler, self.dtype = transformer, scheduler, dtype
-        self.output, self.run_record, self.tuning = output, run, tuning
+        self.output, self.run_record, self.tuning, self.validator = output, run, tuning, validator
         self.device, self.process = accelerator.device, accelerator.process_index
         self.scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
         self.engine = open_engine(config, accelerator, transformer, trainable(transformer), dtype)
@@ -90,6 +93,8 @@ class Trainer:
             stop = stack.enter_context(StopRequest())
             report = stack.enter_context(self._open_report())
             batches = stack.enter_context(closing(self._batches()))
+            if self.validator.missing(self.done):
+                self._validate(report, stop)
             for plan in self._plans():
                 result = self._step(plan, batches, stop)
                 self.done, loss = plan.number, result.loss
@@ -98,7 +103,17 @@ class Trainer:
                     self.save()
                 if result.stop:
                     raise self._stopped(result.stop)
+                if self.validator.due(self.done):
+                    self._validate(report, stop)
         return loss
+
+    def _validate(self, report: NoReport, stop: StopRequest) -> None:
+        """Validate the state after the steps done. A checkpoint, if due, is saved already."""
+        result = self.validator.run(self.done, stop)
+        if result.stop:  # what was validated is not reported: the resumed run does it anew
+            self.save()
+            raise self._stopped(result.stop)
+        report.validation(self.done, result)
 
     def _step(self, plan: StepPlan, batches: Iterator[Batch], stop: StopRequest) -> StepResult:
         micros = plan.micros[self.process]

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -17,14 +18,59 @@ from cogcache.errors import ConfigError
 __all__ = [
     "METRICS_FILE",
     "MetricsFile",
+    "SampledVideo",
     "TensorBoard",
     "Tracker",
+    "ValidationResult",
     "WeightsAndBiases",
     "check_trackers",
     "open_trackers",
+    "validated",
 ]
 
 METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class SampledVideo:
+    """A video that was sampled for validation."""
+
+    path: Path
+    prompt: str
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """What one validation gave.
+
+    Attributes:
+        losses: Timestep -> loss of each held-out clip; empty lists where none is held out.
+        videos: One for each prompt.
+        stop: A signal's number if it ended the validation early, else 0.
+        seconds: How long it took.
+    """
+
+    losses: Mapping[int, Sequence[float]]
+    videos: Sequence[SampledVideo]
+    stop: int
+    seconds: float
+
+    @property
+    def clips(self) -> int:
+        """How many clips are held out."""
+        return max(map(len, self.losses.values()), default=0)
+
+    def numbers(self) -> dict[str, float | None]:
+        """``loss`` over all, and ``loss_t<timestep>`` for each; None for what is not a number. Empty without clips."""
+        if not self.clips:
+            return {}
+        means = {f"loss_t{t}": _mean(losses) for t, losses in self.losses.items()}
+        return {"loss": _mean([loss for losses in self.losses.values() for loss in losses]), **means}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
+    return mean if math.isfinite(mean) else None
 
 
 class Tracker(Protocol):
@@ -32,6 +78,10 @@ class Tracker(Protocol):
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Record ``values`` of ``step`` (counted from 1). Nested values may be left out."""
+        ...
+
+    def validation(self, step: int, result: ValidationResult) -> None:
+        """Record a validation of the state after ``step``, 0 for that before the first."""
         ...
 
     def close(self) -> None:
@@ -56,10 +106,26 @@ class MetricsFile:
             self._stream.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
             self._stream.flush()
 
+    def validation(self, step: int, result: ValidationResult) -> None:
+        """See :class:`Tracker`. A line of its own: what it says is under ``validation``."""
+        videos = [
+            {"file": video.path.relative_to(self.path.parent).as_posix(), "prompt": video.prompt}
+            for video in result.videos
+        ]
+        values = {**result.numbers(), "clips": result.clips, "videos": videos}
+        self.log(step, {"validation": values, "seconds": result.seconds})
+
     def close(self) -> None:
         """See :class:`Tracker`."""
         with storage_errors(self.path):
             self._stream.close()
+
+
+def validated(folder: Path, step: int) -> bool:
+    """Whether ``metrics.jsonl`` in ``folder`` tells of a validation at ``step``."""
+    return any(
+        _step(line) == step and "validation" in json.loads(line) for line in _lines(folder / METRICS_FILE)
+    )
 
 
 def _lines(path: Path) -> Sequence[bytes]:
@@ -87,6 +153,20 @@ class TensorBoard:
         for name, value in _numbers(values).items():
             self._writer.add_scalar(f"train/{name}", value, step)
 
+    def validation(self, step: int, result: ValidationResult) -> None:
+        """See :class:`Tracker`. Videos become animated GIFs under ``samples/``, prompts texts under ``prompts/``."""
+        for name, value in _numbers(result.numbers()).items():
+            self._writer.add_scalar(f"validation/{name}", value, step)
+        if not result.videos:
+            return
+        from cogcache.mp4 import read_mp4
+        from cogcache.train.gif import gif_summary
+
+        for video in result.videos:
+            summary = gif_summary(f"samples/{video.path.stem}", *read_mp4(video.path))
+            self._writer.file_writer.add_summary(summary, step)
+            self._writer.add_text(f"prompts/{video.path.stem}", video.prompt, step)
+
     def close(self) -> None:
         """See :class:`Tracker`."""
         self._writer.close()
@@ -103,6 +183,17 @@ class WeightsAndBiases:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """See :class:`Tracker`."""
         self._run.log({f"train/{name}": value for name, value in _numbers(values).items()}, step=step)
+
+    def validation(self, step: int, result: ValidationResult) -> None:
+        """See :class:`Tracker`."""
+        import wandb
+
+        numbers = {f"validation/{name}": value for name, value in _numbers(result.numbers()).items()}
+        videos = {
+            f"samples/{video.path.stem}": wandb.Video(str(video.path), caption=video.prompt, format="mp4")
+            for video in result.videos
+        }
+        self._run.log({**numbers, **videos}, step=step)
 
     def close(self) -> None:
         """See :class:`Tracker`."""

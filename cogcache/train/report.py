@@ -14,9 +14,9 @@ import torch
 from typing_extensions import Self
 
 from cogcache.config import TrainConfig
-from cogcache.progress import Progress
+from cogcache.progress import Progress, say
 from cogcache.train.data import Samples, StepPlan
-from cogcache.train.metrics import open_trackers
+from cogcache.train.metrics import ValidationResult, open_trackers
 
 __all__ = ["NoReport", "Report", "StepResult"]
 
@@ -53,6 +53,9 @@ class NoReport:
     def step(self, plan: StepPlan, result: StepResult) -> None:
         """Report a finished step."""
 
+    def validation(self, step: int, result: ValidationResult) -> None:
+        """Report a validation of the state after ``step``."""
+
 
 class Report(NoReport):
     """What the main process tells. ``done`` steps are already behind."""
@@ -62,6 +65,7 @@ class Report(NoReport):
     ) -> None:
         self._config, self._samples, self._device = config, samples, device
         self._stack = ExitStack()
+        self._notes: dict[str, Any] = {}
         with self._stack:
             self._trackers = open_trackers(config, output, done)
             for tracker in self._trackers:
@@ -79,11 +83,24 @@ class Report(NoReport):
         """Report a finished step."""
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
-        self._progress.advance(loss=f"{result.loss:.4f}", lr=f"{result.lr:.2e}")
+        self._progress.advance(loss=f"{result.loss:.4f}", lr=f"{result.lr:.2e}", **self._notes)
         if plan.number % self._config.log_every == 0 or plan.number == self._config.steps:
             values = self._values(plan, result, seconds)
             for tracker in self._trackers:
                 tracker.log(plan.number, values)
+
+    def validation(self, step: int, result: ValidationResult) -> None:
+        """Report a validation of the state after ``step``."""
+        for tracker in self._trackers:
+            tracker.validation(step, result)
+        loss = result.numbers().get("loss")
+        if loss is not None:
+            self._notes = {"validation_loss": f"{loss:.4f}"}
+        parts = [f"loss {loss:.4f} on {result.clips} clips"] if loss is not None else []
+        if result.videos:
+            parts.append(f"{len(result.videos)} videos in {result.videos[0].path.parent}")
+        say(f"Validation after step {step}: {', '.join(parts) or 'the loss is not a number'}.")
+        self._started = time.perf_counter()  # a step's time is the step's alone
 
     def _values(self, plan: StepPlan, result: StepResult, seconds: float) -> dict[str, Any]:
         records = [self._samples.records[index] for index in result.losses]
