@@ -319,6 +319,12 @@ class TrainConfig(CommandConfig):
         return [str(parse_rank_pattern(text)) for text in value]
 
     @model_validator(mode="after")
+    def _start_is_only_one_of_many(self) -> TrainConfig:
+        if self.validate_at_start and not self.validate_every:
+            raise ValueError("--validate-at-start needs --validate-every")
+        return self
+
+    @model_validator(mode="after")
     def _no_lora_settings_in_full(self) -> TrainConfig:
         given = sorted(_lora_settings() & self.model_fields_set)
         if self.training_type == "full" and given:
@@ -355,8 +361,16 @@ class InferConfig(CommandConfig):
         panel=_RUN,
         gt=0,
     )
+    transformer: Path | None = setting(
+        None,
+        "Output folder (or checkpoint) of a training of all weights, whose transformer is used instead of the "
+        "model's own.",
+        panel=_RUN,
+    )
     model: str | None = setting(
-        None, "Checkpoint, local folder or hub id. Default: the one the LoRA was trained on.", panel=_RUN
+        None,
+        "Checkpoint, local folder or hub id. Default: the one the LoRA or the transformer was trained from.",
+        panel=_RUN,
     )
     prompt: list[str] = setting([], "Prompt; repeat the flag for several videos.", panel=_VIDEO)
     prompts_file: Path | None = setting(None, "Text file with one prompt a line.", panel=_VIDEO)
@@ -427,8 +441,8 @@ class InferConfig(CommandConfig):
 
     @model_validator(mode="after")
     def _something_to_run(self) -> InferConfig:
-        if self.lora is None and self.model is None:
-            raise ValueError("give --lora, or --model to run the base model alone")
+        if self.lora is None and self.transformer is None and self.model is None:
+            raise ValueError("give --lora or --transformer, or --model to run the base model alone")
         if not self.prompt and self.prompts_file is None:
             raise ValueError("give --prompt or --prompts-file")
         if self.lora is None and self.lora_alpha is not None:

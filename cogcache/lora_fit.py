@@ -10,7 +10,7 @@ from cogcache.lora import LoraHeader
 from cogcache.tensorfile import read_tensor_header
 from cogcache.variants import Variant
 
-__all__ = ["check_lora_fits"]
+__all__ = ["check_lora_fits", "family_differences"]
 
 _log = logging.getLogger(__name__)
 
@@ -61,9 +61,14 @@ def check_lora_fits(
         )
 
 
-def _check_family(lora: LoraHeader, trained_on: Variant, variant: Variant, model: str) -> None:
+def family_differences(trained_on: Variant, variant: Variant) -> list[str]:
+    """In words, the facts that make ``variant`` another family than ``trained_on``."""
     pairs = {name: (getattr(trained_on, name), getattr(variant, name)) for name in _FAMILY}
-    differing = [f"{name} {was!r} is not {now!r}" for name, (was, now) in pairs.items() if was != now]
+    return [f"{name} {was!r} is not {now!r}" for name, (was, now) in pairs.items() if was != now]
+
+
+def _check_family(lora: LoraHeader, trained_on: Variant, variant: Variant, model: str) -> None:
+    differing = family_differences(trained_on, variant)
     if differing:
         raise LoraError(
             f"{lora.path} was trained on another kind of model than {model}: {', '.join(differing)}.",

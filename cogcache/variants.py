@@ -150,13 +150,16 @@ def read_config(root: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def read_variant(root: Path) -> Variant:
+def read_variant(root: Path, transformer_root: Path | None = None) -> Variant:
     """Read the facts of the checkpoint in the local folder ``root``.
+
+    Args:
+        transformer_root: Take the facts of the transformer from this folder's ``transformer`` instead.
 
     Raises:
         ModelError: if a config is missing, damaged, or not of a CogVideoX model.
     """
-    transformer = read_config(root, "transformer/config.json")
+    transformer = read_config(transformer_root or root, "transformer/config.json")
     vae = read_config(root, "vae/config.json")
     scheduler = read_config(root, "scheduler/scheduler_config.json")
     _check_classes(root, transformer, vae, scheduler)

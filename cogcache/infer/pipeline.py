@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from cogcache.finetuned import TRANSFORMER_FOLDER
 from cogcache.infer.plan import Plan
 from cogcache.lora_weights import read_lora
-from cogcache.models import pick_device, torch_dtype
+from cogcache.models import loading, pick_device, torch_dtype
 from cogcache.quiet import quiet_libraries
 from cogcache.tiling import set_decode_tiling
 
@@ -24,7 +25,11 @@ def load_pipeline(plan: Plan) -> Any:
     """
     with quiet_libraries():
         pipe = _pipeline_class(plan).from_pretrained(
-            plan.model, dtype=torch_dtype(plan.dtype), use_safetensors=True, local_files_only=True
+            plan.model,
+            dtype=torch_dtype(plan.dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            **_finetuned(plan),
         )
     pipe.set_progress_bar_config(disable=True)
     _set_scheduler(pipe, plan.config.scheduler)
@@ -36,6 +41,23 @@ def load_pipeline(plan: Plan) -> Any:
         _encode_whole(pipe.vae)
     _place(pipe, plan)
     return pipe
+
+
+def _finetuned(plan: Plan) -> dict[str, Any]:
+    """The fine-tuned transformer, to be put in the place of the base model's, which is then not loaded."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    if plan.finetuned is None:
+        return {}
+    with loading("transformer", plan.finetuned.root):
+        transformer = CogVideoXTransformer3DModel.from_pretrained(
+            plan.finetuned.root,
+            subfolder=TRANSFORMER_FOLDER,
+            torch_dtype=torch_dtype(plan.dtype),
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    return {"transformer": transformer}
 
 
 def _pipeline_class(plan: Plan) -> Any:

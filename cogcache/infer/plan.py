@@ -8,11 +8,12 @@ from typing import Literal
 
 from cogcache.config import InferConfig
 from cogcache.errors import ConfigError, ModelError
+from cogcache.finetuned import Finetuned, read_finetuned
 from cogcache.geometry import Size, parse_size
 from cogcache.infer.inputs import Inputs, read_inputs
-from cogcache.lora import LoraHeader, read_lora_header
-from cogcache.lora_fit import check_lora_fits
-from cogcache.models import resolve_model
+from cogcache.lora import LoraHeader, Provenance, read_lora_header
+from cogcache.lora_fit import check_lora_fits, family_differences
+from cogcache.models import Component, resolve_model
 from cogcache.variants import Variant, read_variant, weights_dtype
 
 __all__ = ["Mode", "Plan", "plan_inference"]
@@ -27,6 +28,7 @@ class Plan:
     Attributes:
         config: The effective settings: every default filled in, prompts listed. Run again, it gives the same.
         model: Local folder of the base model.
+        finetuned: Whose transformer takes the place of the base model's, if any.
         mode: Text, first frame or video to video.
         inputs: What is given for each video.
         steps: Denoising steps done for each video; with a source video only the last ones are.
@@ -35,6 +37,7 @@ class Plan:
 
     config: InferConfig
     model: Path
+    finetuned: Finetuned | None
     variant: Variant
     lora: LoraHeader | None
     mode: Mode
@@ -64,13 +67,18 @@ def plan_inference(config: InferConfig) -> Plan:
     """
     inputs = read_inputs(config)
     lora = read_lora_header(config.lora) if config.lora else None
-    name, root = _base_model(config, lora)
+    finetuned = read_finetuned(config.transformer) if config.transformer else None
+    name, root = _base_model(config, lora, finetuned)
     variant = read_variant(root)
+    transformer = root / "transformer"
+    if finetuned:
+        _check_finetuned(finetuned, root, variant, name)
+        transformer = finetuned.transformer
     mode = _mode(variant, inputs, name)
     if lora:
-        check_lora_fits(lora, variant, root / "transformer", name, alpha=config.lora_alpha)
-    frames, size, fps = _geometry(config, lora, variant)
-    dtype = weights_dtype(root / "transformer") if config.dtype == "auto" else config.dtype
+        check_lora_fits(lora, variant, transformer, name, alpha=config.lora_alpha)
+    frames, size, fps = _geometry(config, _trained_on(lora, finetuned), variant)
+    dtype = weights_dtype(transformer) if config.dtype == "auto" else config.dtype
     effective = config.model_copy(
         update={
             "model": name,
@@ -86,7 +94,7 @@ def plan_inference(config: InferConfig) -> Plan:
         }
     )
     steps = _steps(config, mode)
-    return Plan(effective, root, variant, lora, mode, inputs, steps, frames, size, fps, dtype)
+    return Plan(effective, root, finetuned, variant, lora, mode, inputs, steps, frames, size, fps, dtype)
 
 
 def _mode(variant: Variant, inputs: Inputs, model: str) -> Mode:
@@ -122,27 +130,49 @@ def _steps(config: InferConfig, mode: Mode) -> int:
     return steps
 
 
-def _base_model(config: InferConfig, lora: LoraHeader | None) -> tuple[str, Path]:
-    name = config.model or (lora.base_model if lora else None)
+def _base_model(
+    config: InferConfig, lora: LoraHeader | None, finetuned: Finetuned | None
+) -> tuple[str, Path]:
+    trained = config.transformer or config.lora
+    known = finetuned.provenance.base_model if finetuned else lora.base_model if lora else None
+    name = config.model or known
     if name is None:
-        raise ConfigError(
-            f"{config.lora} does not say which model it was trained on.", "Name it with --model."
-        )
+        raise ConfigError(f"{trained} does not say which model it was trained on.", "Name it with --model.")
+    parts: tuple[Component, ...] = ("vae", "text_encoder", "tokenizer", "scheduler")
     try:
-        root = resolve_model(name, ("vae", "text_encoder", "tokenizer", "transformer", "scheduler"))
+        root = resolve_model(name, parts if finetuned else (*parts, "transformer"))
     except ModelError as error:
         if config.model:
             raise
         raise ModelError(
-            f"the model that {config.lora} was trained on cannot be used: {error.message}",
+            f"the model that {trained} was trained on cannot be used: {error.message}",
             "Name the one to use with --model.",
         ) from None
     return name, root
 
 
-def _geometry(config: InferConfig, lora: LoraHeader | None, variant: Variant) -> tuple[int, Size, float]:
-    frames = config.frames or (lora and lora.frames) or variant.sample_frames
-    size_text = config.size or (lora and lora.size)
+def _check_finetuned(finetuned: Finetuned, root: Path, variant: Variant, model: str) -> None:
+    trained = finetuned.provenance.variant
+    differing = family_differences(read_variant(root, finetuned.root), variant)
+    differing += family_differences(trained, variant) if trained else []
+    if differing:
+        raise ModelError(
+            f"{finetuned.root} is another kind of transformer than that of {model}: "
+            f"{', '.join(dict.fromkeys(differing))}.",
+            f"It was trained from {finetuned.provenance.base_model}." if trained else "",
+        )
+
+
+def _trained_on(lora: LoraHeader | None, finetuned: Finetuned | None) -> Provenance:
+    """What the last training says; nothing for the base model alone."""
+    if lora and lora.frames:
+        return lora.provenance
+    return finetuned.provenance if finetuned else Provenance()
+
+
+def _geometry(config: InferConfig, trained: Provenance, variant: Variant) -> tuple[int, Size, float]:
+    frames = config.frames or trained.frames or variant.sample_frames
+    size_text = config.size or trained.size
     size = parse_size(size_text) if size_text else variant.default_size
     variant.check_clip(frames, size)
-    return frames, size, config.fps or (lora and lora.fps) or float(variant.native_fps)
+    return frames, size, config.fps or trained.fps or float(variant.native_fps)

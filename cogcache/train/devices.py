@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["open_accelerator", "set_matmul_precision"]
 
+_PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others. One with nothing to sample waits while another samples a whole video."""
+
 
 def open_accelerator(config: TrainConfig) -> Accelerator:
     """Join the processes of ``accelerate launch``, or be the only one.
@@ -25,7 +30,7 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         ConfigError: if the device is not there, or the launch asks for what is not supported.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+    from accelerate import Accelerator, DistributedType
 
     device = pick_device(config.device)
     if ":" in config.device:
@@ -33,21 +38,45 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
             f"train takes --device auto, cpu or cuda, not {config.device}.",
             f"Choose the GPU by CUDA_VISIBLE_DEVICES={config.device.partition(':')[2]}.",
         )
+    on_cpu, deepspeed = device.type == "cpu", _launched_with_deepspeed()
+    if deepspeed and on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     accelerator = Accelerator(
-        cpu=device.type == "cpu",
+        cpu=on_cpu and not deepspeed,  # with it, Accelerate forgets about DeepSpeed without a word
         mixed_precision="no",
         gradient_accumulation_steps=1,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
+        kwargs_handlers=_handlers(config, gloo=deepspeed and on_cpu),
     )
-    supported = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    supported = (
+        DistributedType.NO,
+        DistributedType.MULTI_GPU,
+        DistributedType.MULTI_CPU,
+        DistributedType.DEEPSPEED,
+    )
     if accelerator.distributed_type not in supported:
         raise ConfigError(
-            f"training under {accelerator.distributed_type.value} is not supported yet.",
-            "Launch with plain data parallelism: accelerate launch --multi_gpu.",
+            f"training under {accelerator.distributed_type.value} is not supported.",
+            "Launch with plain data parallelism (accelerate launch --multi_gpu) or with DeepSpeed.",
         )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from cogcache.train.zero import check_deepspeed
+
+        check_deepspeed(accelerator.deepspeed_plugin.deepspeed_config)
     return accelerator
+
+
+def _launched_with_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def _handlers(config: TrainConfig, *, gloo: bool) -> list[Any]:
+    from accelerate import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    settings: dict[str, Any] = {"backend": "gloo"} if gloo else {}
+    if config.validate_every:
+        settings["timeout"] = _PATIENCE
+    return [parallel, InitProcessGroupKwargs(**settings)] if settings else [parallel]
 
 
 def set_matmul_precision(device: torch.device, dtype: torch.dtype) -> None:

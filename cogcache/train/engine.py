@@ -141,5 +141,5 @@ def open_engine(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from cogcache.train.zero import ZeroEngine
 
-        return ZeroEngine(config, accelerator, transformer, parameters)
+        return ZeroEngine(config, accelerator, transformer, parameters, dtype)
     return PlainEngine(config, accelerator, transformer, parameters, dtype)

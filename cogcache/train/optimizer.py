@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cogcache.config import TrainConfig
 from cogcache.errors import CheckpointError
 
-__all__ = ["load_optimizer_state", "make_optimizer", "optimizer_state"]
+__all__ = ["check_optimizer_state", "load_optimizer_state", "make_optimizer", "optimizer_state"]
 
 
 def make_optimizer(config: TrainConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
@@ -35,6 +35,22 @@ def optimizer_state(
     }
 
 
+def check_optimizer_state(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+    """Refuse optimizer state that is not of exactly these parameters; none at all is that of a fresh start.
+
+    Raises:
+        CheckpointError: naming what does not fit.
+    """
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    for full_name, value in state.items():
+        name, key = full_name.rsplit(".", 1)
+        if name not in shapes or (key != "step" and value.shape != shapes[name]):
+            raise CheckpointError(f"the optimizer state in the checkpoint does not fit: {full_name}.")
+    missing = shapes.keys() - {full_name.rsplit(".", 1)[0] for full_name in state}
+    if state and missing:
+        raise CheckpointError(f"the checkpoint has no optimizer state for {min(missing)}.")
+
+
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
 ) -> None:
@@ -43,11 +59,10 @@ def load_optimizer_state(
     Raises:
         CheckpointError: if it is of other parameters.
     """
+    check_optimizer_state(parameters, state)
     for full_name, value in state.items():
         name, key = full_name.rsplit(".", 1)
-        parameter = parameters.get(name)
-        if parameter is None or (key != "step" and value.shape != parameter.shape):
-            raise CheckpointError(f"the optimizer state in the checkpoint does not fit: {full_name}.")
+        parameter = parameters[name]
         # AdamW counts steps on the CPU; the moments live beside their parameter.
         optimizer.state[parameter][key] = (
             value.clone() if key == "step" else value.to(parameter.device, copy=True)
