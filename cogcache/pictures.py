@@ -32,8 +32,11 @@ def load_picture(
 
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # Pillow's own conversion cuts 16 bits off at 255
+                upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+            upright = upright.convert("RGB")
+    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise VideoError(f"the image cannot be read: {error}") from None
     pixels = torch.from_numpy(np.asarray(upright).copy())
     return fit_frame(pixels, plan_fit(Size(upright.height, upright.width), size, fit), interpolation)

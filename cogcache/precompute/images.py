@@ -54,6 +54,8 @@ class ImageSource:
         Raises:
             VideoError: if it cannot be read.
         """
+        if self.identity.startswith(("file unreadable", "clip unreadable")):  # its key names no content
+            raise VideoError("the file could not be read")
         if self.request is not None:
             return load_first_frame(self.path, self.request)
         return load_picture(self.path, settings.size, settings.config.fit, settings.config.interpolation)
