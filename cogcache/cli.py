@@ -31,7 +31,7 @@ Family = Literal["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"]
 
 def _config_commands() -> dict[str, tuple[type[BaseModel], Callable[[Any], None]]]:
     """The commands whose flags are the fields of a config. Imported late, so that ``--help`` stays instant."""
-    from cogcache.config import EncodeConfig, InferConfig, TrainConfig
+    from cogcache.config import EncodeConfig, ExtractImagesConfig, InferConfig, TrainConfig
 
     def encode(config: EncodeConfig) -> None:
         from cogcache.precompute import encode
@@ -48,7 +48,17 @@ def _config_commands() -> dict[str, tuple[type[BaseModel], Callable[[Any], None]
 
         infer(config)
 
-    return {"encode": (EncodeConfig, encode), "train": (TrainConfig, train), "infer": (InferConfig, infer)}
+    def extract(config: ExtractImagesConfig) -> None:
+        from cogcache.precompute.extract import extract_images
+
+        extract_images(config)
+
+    return {
+        "encode": (EncodeConfig, encode),
+        "train": (TrainConfig, train),
+        "infer": (InferConfig, infer),
+        "extract-images": (ExtractImagesConfig, extract),
+    }
 
 
 _HELP = {
@@ -69,6 +79,14 @@ _HELP = {
     "infer": """Generate video with the stock diffusers pipeline and a trained LoRA.
 
         Example:  cogcache infer --lora runs/clips/pytorch_lora_weights.safetensors --prompt "A rabbit stretches"
+        """,
+    "extract-images": """Write the first frame of every listed video as a PNG, and images.txt beside videos.txt.
+
+        Encoding for image-to-video does not need this: it takes each clip's first frame by itself. Use it to
+        look at first frames or to edit them. A video that cannot be read is listed with its reason (exit code
+        3), and images.txt is written once every video has its image.
+
+        Example:  cogcache extract-images --data-root ./clips
         """,
 }
 

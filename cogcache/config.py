@@ -23,7 +23,7 @@ from pydantic import (
 
 from cogcache.lora_targets import parse_rank_pattern, plain_targets
 
-__all__ = ["EncodeConfig", "InferConfig", "TrainConfig", "setting"]
+__all__ = ["EncodeConfig", "ExtractImagesConfig", "InferConfig", "TrainConfig", "setting"]
 
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -170,6 +170,23 @@ class EncodeConfig(CommandConfig):
         if not 0 < number <= 1000:
             raise ValueError("give a positive number, 'native' or 'source'")
         return text
+
+
+class ExtractImagesConfig(CommandConfig):
+    """Settings of ``cogcache extract-images``."""
+
+    data_root: Path = setting(..., "Folder with videos.txt.", panel=_DATA)
+    output: Path = setting(
+        Path("images"), "Folder for the images, inside the data root and relative to it.", panel=_DATA
+    )
+    overwrite: bool = setting(
+        False, "Replace images.txt and images that are there already, edited ones too.", panel=_DATA
+    )
+    allow_outside: bool = setting(
+        False, "Accept absolute paths, '..' and links that lead out of the data root.", panel=_DATA
+    )
+    reader: Literal["auto", "decord", "pyav"] = setting("auto", "Video reader.", panel=_RUN)
+    workers: int = setting(2, "Threads that decode video.", panel=_RUN, ge=1)
 
 
 class TrainConfig(CommandConfig):
