@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cogcache.cache.format import EntryRecord, ShardRecord, canonical_json
-from cogcache.cache.lines import parse_json, parse_object
+from cogcache.cache.lines import parse_json, seal_line, unseal_line
 
 __all__ = ["Members", "ShardIndex", "build_index", "check_key", "parse_index"]
 
@@ -60,7 +60,7 @@ def build_index(records: Sequence[EntryRecord], size: int, sha256: str) -> bytes
         "lines_sha256": hashlib.sha256(body).hexdigest(),
         "sha256": sha256,
     }
-    return body + f"{canonical_json({'end': end})}\n".encode()
+    return body + seal_line({"end": end})
 
 
 def parse_index(data: bytes) -> ShardIndex:
@@ -71,9 +71,9 @@ def parse_index(data: bytes) -> ShardIndex:
     """
     cut = data.rfind(b"\n", 0, len(data) - 1) + 1
     body, last = data[:cut], data[cut:]
-    end = parse_object(last).get("end") if last.endswith(b"\n") else None
+    end = (unseal_line(last) or {}).get("end")
     if not isinstance(end, dict) or end.keys() != {"bytes", "entries", "lines_sha256", "sha256"}:
-        raise ValueError("its last line is missing")
+        raise ValueError("its last line is missing or changed")
     if hashlib.sha256(body).hexdigest() != end["lines_sha256"]:
         raise ValueError("its lines are not those that were written")
     size = _count(end["bytes"])

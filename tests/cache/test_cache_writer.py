@@ -366,6 +366,16 @@ def test_a_damaged_shard_is_never_built_upon(suffix: str, tmp_path: Path) -> Non
     assert writer.root == tmp_path
 
 
+def test_every_bit_of_an_index_counts_without_a_manifest(tmp_path: Path) -> None:
+    ready(tmp_path)
+    path = tmp_path / LATENTS / "latents-00000.index.jsonl"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(DamagedCacheError, match="index"):
+            CacheWriter.open(tmp_path, identity()).committed(LATENTS)
+
+
 def test_a_damaged_plan_is_refused(writer: CacheWriter) -> None:
     writer.plan(LATENTS, LATENT_KEYS, 3)
     path = writer.root / LATENTS / "latents-00000.plan.json"
