@@ -156,31 +156,29 @@ def test_at_full_strength_nothing_of_the_source_is_left(
     assert np.array_equal(mine, expected)
 
 
-def test_video_to_video_of_1_5_keeps_what_little_noise_leaves(tiny_models: Models, source: Path) -> None:
-    """Step 1 of 50 of a still source: the padded latent frames of the model's input are the clean ones, nearly."""
-    settings = {"model": str(tiny_models("1.5-5b")), "video": [source], "steps": 50, "strength": 0.02}
-    plan = planned(**settings, **SMALL)
+def test_video_to_video_of_1_5_begins_with_the_padded_and_noised_source(
+    tiny_models: Models, source: Path
+) -> None:
+    """The model's first input: the scaled latent, a copy of its first frame in front, noised to the timestep."""
+    settings = {"model": str(tiny_models("1.5-5b")), "video": [source], "steps": 2, "strength": 0.5, **SMALL}
+    plan = planned(**settings)
     pipe = load_pipeline(plan)
-    seen: list[torch.Tensor] = []
+    seen: list[dict[str, Any]] = []
     pipe.transformer.register_forward_pre_hook(
-        lambda _m, _a, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+        lambda _module, _inputs, named: seen.append(named), with_kwargs=True
     )
-    inputs = pipeline_inputs(plan, 0)
     with Progress("test", 1, "steps") as progress:
-        assert plan.steps == 1
         assert len(_generate(pipe, plan, "a rabbit", 0, progress)) == 9
-    (hidden,) = seen
-    assert hidden.shape == (2, 4, 16, 4, 6)
-    pixels = pipe.video_processor.preprocess_video(inputs["video"], 32, 48)
+    (named,) = seen  # half of two steps
+    generator = torch.Generator().manual_seed(5)
+    pixels = pipe.video_processor.preprocess_video(pipeline_inputs(plan, 0)["video"], 32, 48)
     with torch.no_grad():
-        clean = pipe.vae.encode(pixels).latent_dist.mean.transpose(1, 2) * pipe.vae.config.scaling_factor
-    padded = torch.cat([clean[:, :1], clean], 1)
-
-    def nearness(candidate: torch.Tensor) -> float:
-        return float(torch.corrcoef(torch.stack([candidate.flatten(), hidden[0].flatten()]))[0, 1])
-
-    appended = torch.cat([clean, clean[:, -1:]], 1)
-    assert nearness(padded) > nearness(appended)
+        latents = pipe.vae.encode(pixels).latent_dist.sample(generator).transpose(1, 2)
+    scaled = latents * pipe.vae.config.scaling_factor
+    padded = torch.cat([scaled[:, :1], scaled], 1)
+    noise = torch.randn(padded.shape, generator=generator)
+    expected = pipe.scheduler.add_noise(padded, noise, named["timestep"][:1])
+    assert torch.equal(named["hidden_states"][:1], expected)
 
 
 def test_lists_are_matched_and_relative_to_their_folder(
