@@ -81,6 +81,8 @@ def test_every_setting_is_a_flag_and_a_yaml_key(kind: type[BaseModel], name: str
         needed["model"] = "some/model"
     if name == "lora_alpha":
         needed["lora"] = "some.safetensors"
+    if name == "validate_at_start":
+        needed["validate_every"] = 1
     expected = kind(**needed, **{name: value})
     default = kind(**{**NEEDED[kind], **needed})
     assert getattr(expected, name) != getattr(default, name)
@@ -139,7 +141,7 @@ def test_numbers_are_finite(value: float) -> None:
 
 
 def test_infer_needs_something_to_run() -> None:
-    with pytest.raises(ConfigError, match="give --lora, or --model"):
+    with pytest.raises(ConfigError, match="give --lora or --transformer, or --model"):
         load_config(InferConfig, {"prompt": ["x"]})
     with pytest.raises(ConfigError, match="give --prompt or --prompts-file"):
         load_config(InferConfig, {"lora": "x"})

@@ -140,8 +140,8 @@ def _load_text(settings: EncodeSettings, captions: Sequence[str]) -> FrozenText:
     cut = text.too_long(captions)
     if cut:
         say(
-            f"Note: {len(cut)} captions are longer than {settings.variant.text_length} tokens and are cut there, "
-            f"as the pipelines do. The first: {cut[0][:60]!r}..."
+            f"Note: captions longer than {settings.variant.text_length} tokens are cut there, as the pipelines do: "
+            f"{len(cut)} of {len(captions)}. The first: {cut[0][:60]!r}..."
         )
     return text
 
@@ -192,13 +192,10 @@ def _summary(result: EncodeResult) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    # A clip that failed for its image alone, or shares its latent with another, counts in both or in neither.
-    kept = max(0, result.clips - result.encoded - len(result.failures))
-    images = f" {result.images} image conditions encoded." if result.images else ""
-    say(
-        f"{result.shards}: {result.encoded} clips encoded, {kept} already there, {len(result.failures)} failed; "
-        f"{result.captions} captions encoded.{images}"
-    )
+    ready = result.clips - len(result.failures)
+    made = f"{result.encoded} latents, {result.captions} captions"
+    made += f", {result.images} image conditions" if result.images else ""
+    say(f"{result.shards}: {ready} clips ready, {len(result.failures)} failed. Encoded now: {made}.")
     if result.failures:
         table = Table("clip", "reason", title="Failed", title_justify="left")
         for failure in result.failures[:20]:

@@ -279,7 +279,7 @@ def test_unreadable_clip_stops_nothing(
 
     code, said = encode(data_root=root)
     assert code == 3
-    assert "0 clips encoded, 7 already there, 3 failed" in said
+    assert "7 clips ready, 3 failed. Encoded now: 0 latents" in said
     after = files(shards)
     assert before.pop("journal.jsonl") != after.pop("journal.jsonl")
     assert before == after
@@ -290,7 +290,7 @@ def test_unreadable_clip_stops_nothing(
         (root / f"{name}.txt").unlink()
     code, said = encode(data_root=root)
     assert code == 0, said
-    assert "1 clips encoded, 7 already there, 0 failed; 0 captions encoded." in said
+    assert "8 clips ready, 0 failed. Encoded now: 1 latents, 0 captions." in said
     assert not CacheReader(shards).failures
     tried = [json.loads(line) for line in (shards / "journal.jsonl").read_text().splitlines()]
     assert sum(event["event"] == "failed" for event in tried) == 4  # two of the three hold the same bytes

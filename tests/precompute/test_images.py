@@ -308,8 +308,8 @@ def test_a_damaged_image_fails_its_clip_alone(
     ]
     assert run(["encode", *flags]) == 3
     said = capsys.readouterr().err
-    assert "3 clips encoded, 0 already there, 1 failed" in said
-    assert "4 image conditions encoded" in said
+    assert "3 clips ready, 1 failed" in said
+    assert ", 4 image conditions." in said
     assert "the image cannot be read" in said
     (failure,) = CacheReader(config.shards).failures
     assert failure.source == "1.mp4"
