@@ -17,6 +17,7 @@ from cogcache.demo.picture import DemoPicture, draw_demo
 from cogcache.errors import ConfigError
 from cogcache.progress import console, say
 from cogcache.tiny import Family
+from cogcache.variants import read_variant
 
 __all__ = ["CLIPS", "DemoResult", "run_demo"]
 
@@ -56,7 +57,7 @@ def run_demo(output: Path, family: Family, steps: int = 60) -> DemoResult:
     model = _timed(result, "model", lambda: _model(output, family))
     shards = _timed(result, "encode", lambda: _encode(output, model))
     lora = _timed(result, "train", lambda: _train(output, shards, steps))
-    videos = _timed(result, "infer", lambda: _infer(output, lora, prompt))
+    videos = _timed(result, "infer", lambda: _infer(output, model, lora, prompt))
     result.made |= {"model": model, "encode": shards, "train": lora, "infer": videos[0]}
     result.made["picture"] = _timed(
         result, "picture", lambda: _picture(output, lora, videos[0], family, prompt)
@@ -121,11 +122,29 @@ def _train(output: Path, shards: Path, steps: int) -> Path:
     return train(config).lora
 
 
-def _infer(output: Path, lora: Path, prompt: str) -> list[Path]:
+def _infer(output: Path, model: Path, lora: Path, prompt: str) -> list[Path]:
     from cogcache.infer import infer
 
     say("4/4  Generating a video with the stock diffusers pipeline")
-    return infer(InferConfig(lora=lora, prompt=[prompt], output=output / "generated.mp4", steps=10))
+    image = [_first_frame(output / "first-frame.png")] if read_variant(model).task == "i2v" else []
+    return infer(
+        InferConfig(lora=lora, prompt=[prompt], image=image, output=output / "generated.mp4", steps=10)
+    )
+
+
+def _first_frame(path: Path) -> Path:
+    """Of the clip that the picture shows."""
+    from PIL import Image
+
+    from cogcache.video import open_video
+
+    with open_video(_shown_clip(), "auto") as reader:
+        Image.fromarray(reader.read([0])[0]).save(path)
+    return path
+
+
+def _shown_clip() -> Path:
+    return sorted((CLIPS / "videos").iterdir())[_SHOWN_CLIP]
 
 
 def _picture(output: Path, lora: Path, video: Path, family: Family, prompt: str) -> Path:
@@ -133,8 +152,7 @@ def _picture(output: Path, lora: Path, video: Path, family: Family, prompt: str)
 
     generated = open_video(video, "auto")
     fps = generated.info.fps
-    clip = sorted((CLIPS / "videos").iterdir())[_SHOWN_CLIP]
-    source = open_video(clip, "auto")
+    source = open_video(_shown_clip(), "auto")
     lines = (lora.parent / "metrics.jsonl").read_text("utf-8").splitlines()
     losses = [(row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row]
     picks = range(0, generated.info.frames, max(1, generated.info.frames // 5))
