@@ -40,7 +40,7 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
         )
     on_cpu, deepspeed = device.type == "cpu", _launched_with_deepspeed()
     if deepspeed and on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _deepspeed_on_cpu()
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,  # with it, Accelerate forgets about DeepSpeed without a word
         mixed_precision="no",
@@ -67,6 +67,16 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
 
 def _launched_with_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def _deepspeed_on_cpu() -> None:
+    """Let DeepSpeed run without a GPU, and without compiling an extension for exchange through shared memory:
+    that takes a compiler and a minute, and processes that have just built it may not end. Gloo does without.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _handlers(config: TrainConfig, *, gloo: bool) -> list[Any]:

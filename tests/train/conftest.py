@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogcache.cache.format import Entry, Identity, ModelRecord, SampleRecord, entry_key
+from cogcache.cache.format import Entry, Identity, ModelRecord, SampleRecord, ValidationRecord, entry_key
 from cogcache.cache.writer import CacheWriter
 from cogcache.config import TrainConfig
 from cogcache.geometry import Size
@@ -33,8 +33,12 @@ def write_cache(
     dtype: str = "float32",
     seed: int = 0,
     bad: int | None = None,
+    prompts: int = 0,
 ) -> Path:
-    """A cache with one random entry for each of ``clips`` (frames, size); number ``bad`` holds a NaN."""
+    """A cache with one random entry for each of ``clips`` (frames, size); number ``bad`` holds a NaN.
+
+    With ``prompts`` it also has that many for validation, with images of the first clip's size.
+    """
     variant = read_variant(model)
     source = torch.Generator().manual_seed(seed)
     series = ["latents", "text"] + (["images"] if variant.task == "i2v" else [])
@@ -79,6 +83,17 @@ def write_cache(
             )
         )
     empty = text("empty")
+    validation = []
+    for number in range(prompts):
+        c, _, h, w = variant.latent_shape(*clips[0])
+        wants_image = variant.task == "i2v"
+        image = add("images", ("clean", number), {"latents": normal(c, 1, h, w)}) if wants_image else None
+        name = f"{number}.png" if wants_image else None
+        validation.append(
+            ValidationRecord(
+                prompt=f"prompt {number}", text=text(f"prompt {number}"), image=image, image_name=name
+            )
+        )
     writer = CacheWriter.open(root, identity)
     for name, items in entries.items():
         by_key = {entry.key: entry for entry in items}
@@ -88,7 +103,7 @@ def write_cache(
                 for key in job.remaining:
                     job.append(by_key[key])
                 job.finish()
-    writer.commit(samples, [], empty)
+    writer.commit(samples, [], empty, validation)
     return root
 
 
@@ -162,13 +177,24 @@ class TrainServer:
         )
 
     def run(
-        self, config: TrainConfig, *, processes: int = 1, kill_after: float | None = None
+        self,
+        config: TrainConfig,
+        *,
+        processes: int = 1,
+        kill_after: float | None = None,
+        trace: Path | None = None,
+        environment: dict[str, str] | None = None,
     ) -> tuple[list[int], float]:
-        """Exit codes (negative: killed by that signal) and seconds."""
+        """Exit codes (negative: killed by that signal) and seconds.
+
+        For every video that a process samples it adds a line to the file ``trace``: rank and seed of the noise.
+        """
         request = {
             "config": config.model_dump(mode="json"),
             "processes": processes,
             "kill_after": kill_after,
+            "trace": str(trace) if trace else None,
+            "environment": environment or {},
         }
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
@@ -23,7 +24,7 @@ from diffusers.schedulers import scheduling_ddim_cogvideox, scheduling_dpm_cogvi
 
 from cogcache.config import TrainConfig
 from cogcache.errors import CogcacheError
-from cogcache.train import stage
+from cogcache.train import stage, validation
 from cogcache.train.model import add_lora
 
 # Imported once, for the children.
@@ -37,8 +38,23 @@ def warm_up() -> None:
     add_lora(model, TrainConfig(shards=Path("none"), rank=1))
 
 
-def child(config: dict[str, object], environment: dict[str, str]) -> None:
+def trace_sampling(path: str) -> None:
+    """Note every video that is sampled, in a file that all processes share."""
+    sample = validation.sample_latents
+
+    def traced(*args: Any, **options: Any) -> torch.Tensor:
+        with open(path, "a") as stream:
+            stream.write(f"{os.environ.get('RANK', 0)} {options['generator'].initial_seed()}\n")
+        return sample(*args, **options)
+
+    validation.sample_latents = traced  # type: ignore[assignment]
+
+
+def child(config: dict[str, object], environment: dict[str, str], trace: str | None) -> None:
     os.environ.update(environment)
+    os.dup2(2, 1)  # the answers' pipe is no place for what libraries print
+    if trace:
+        trace_sampling(trace)
     code = 70
     try:
         stage.train(TrainConfig(**config))  # type: ignore[arg-type]
@@ -53,7 +69,7 @@ def child(config: dict[str, object], environment: dict[str, str]) -> None:
         os._exit(code)
 
 
-def start(config: dict[str, object], processes: int) -> list[int]:
+def start(config: dict[str, object], processes: int, trace: str | None, more: dict[str, str]) -> list[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -72,7 +88,7 @@ def start(config: dict[str, object], processes: int) -> list[int]:
             }
         pid = os.fork()
         if pid == 0:
-            child(config, environment)
+            child(config, {**environment, **more}, trace)
         pids.append(pid)
     return pids
 
@@ -93,7 +109,8 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         started = time.perf_counter()
-        codes = finish(start(request["config"], request["processes"]), request["kill_after"])
+        pids = start(request["config"], request["processes"], request["trace"], request["environment"])
+        codes = finish(pids, request["kill_after"])
         answer = {"codes": codes, "seconds": time.perf_counter() - started}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
