@@ -1,7 +1,8 @@
 """First frames as PNG files, and ``images.txt``.
 
-Mutations tried, each caught: names by stem alone; list written although a video failed; existing list replaced;
-pictures with stored instead of square pixels; frame by file order instead of by time; pictures never taken anew.
+Mutations tried, each caught: names by stem alone; no hash where names meet; list written although a video failed;
+existing list replaced; stored instead of square pixels; pictures of changed videos kept; edited pictures replaced;
+links followed out of the data root; a later frame.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The image-condition bank: its distribution, its identity, and what touches it and what does not.
 
-Mutations tried, each caught: noise after the VAE; sigma without its exponential; one sigma for all draws; posterior
-mean instead of a sample; seeds by the draw alone, or by the clip alone; K in the fingerprint; key without the
-picture; noise in the model's dtype scaled by 255; identity checked after the bank is dropped.
+Mutations tried, each caught: noise alone instead of noise on the picture; sigma without its exponential; one sigma
+for all draws; posterior mean instead of a sample; seeds by the draw alone, or by the picture alone; the number of
+draws in the fingerprint; a key by the picture's name; the bank dropped before all else is checked; remaking saved among
+the settings; pictures that could not be hashed; a bank for text-to-video.
 """
 
 from __future__ import annotations
