@@ -77,6 +77,7 @@ def plan_inference(config: InferConfig) -> Plan:
     mode = _mode(variant, inputs, name)
     if lora:
         check_lora_fits(lora, variant, transformer, name, alpha=config.lora_alpha)
+        _check_offload(lora, config)
     frames, size, fps = _geometry(config, _trained_on(lora, finetuned), variant)
     dtype = weights_dtype(transformer) if config.dtype == "auto" else config.dtype
     effective = config.model_copy(
@@ -116,6 +117,14 @@ def _mode(variant: Variant, inputs: Inputs, model: str) -> Mode:
             "Leave it out, or name an image-to-video model with --model.",
         )
     return "v2v" if inputs.videos else "t2v"
+
+
+def _check_offload(lora: LoraHeader, config: InferConfig) -> None:
+    # Accelerate moves what a layer is given to its device, and PEFT's DoRA layers are given a layer that is not there.
+    if config.offload == "sequential" and lora.adapter.get("use_dora") and not config.fuse:
+        raise ConfigError(
+            "--offload sequential cannot run a DoRA beside the model.", "Add --fuse, or use --offload model."
+        )
 
 
 def _steps(config: InferConfig, mode: Mode) -> int:

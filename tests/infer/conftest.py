@@ -23,7 +23,13 @@ def make_lora(tiny_models: Callable[[Family], Path], tmp_path: Path) -> MakeLora
     It was trained on clips of 9 frames of 32x48 at 12 fps, so it says; ``known`` changes what it says.
     """
 
-    def make(family: Family = "2b", alpha: float = 2, name: str = "lora.safetensors", **known: Any) -> Path:
+    def make(
+        family: Family = "2b",
+        alpha: float = 2,
+        name: str = "lora.safetensors",
+        dora: bool = False,
+        **known: Any,
+    ) -> Path:
         root = tiny_models(family)
         variant = read_variant(root)
         width = variant.num_attention_heads * variant.attention_head_dim
@@ -36,7 +42,10 @@ def make_lora(tiny_models: Callable[[Family], Path], tmp_path: Path) -> MakeLora
             for part in "AB"
         }
         said = {"base_model": str(root), "variant": variant, "frames": 9, "size": "32x48", "fps": 12, **known}
-        config = {"r": 4, "lora_alpha": alpha, "target_modules": {"to_q", "to_v"}}
+        config = {"r": 4, "lora_alpha": alpha, "target_modules": {"to_q", "to_v"}, "use_dora": dora}
+        if dora:
+            for name_a in [key for key in tensors if "lora_A" in key]:
+                tensors[name_a.replace("lora_A.weight", "lora_magnitude_vector")] = torch.ones(width)
         return save_lora(tmp_path / name, tensors, lora_config=config, provenance=Provenance(**said))
 
     return make

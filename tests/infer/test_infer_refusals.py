@@ -125,3 +125,12 @@ def test_pickled_weights_are_never_loaded(tiny_models: Models, tmp_path: Path) -
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ModelError, match=r"no \.safetensors"):
         plan(model=str(other))
+
+
+def test_dora_is_not_run_beside_a_sequentially_offloaded_model(make_lora: MakeLora) -> None:
+    lora = make_lora("2b", dora=True)
+    with pytest.raises(ConfigError, match="cannot run a DoRA"):
+        plan(lora=lora, offload="sequential")
+    assert plan(lora=lora, offload="sequential", fuse=True).lora
+    assert plan(lora=lora, offload="model").lora
+    assert plan(lora=make_lora("2b"), offload="sequential").lora
