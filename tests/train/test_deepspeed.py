@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO over two processes: the numbers of one plain process, and the same checkpoints.
 
 Mutations tried, each caught: moments or step count not put back; DeepSpeed's own copy of the weights left as it
-was; every microbatch taken as the end of a step; loss divided by DeepSpeed's count of microbatches; its clipping
+was; every microbatch taken as the end of a step; its clipping
 left at its default.
 """
 

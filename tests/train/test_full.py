@@ -1,6 +1,6 @@
 """Training all weights: what is trained, in which precision, what is written, and that stops change nothing.
 
-Mutations tried, each caught: masters in the compute dtype; autocast left out, and put around the loss too; buffers
+Mutations tried, each caught: masters in the compute dtype; autocast left out; buffers
 not written; optimizer or weights not restored; the result in float32; the LoRA's flags let through.
 """
 
