@@ -70,7 +70,7 @@ _HELP = {
 
         Example:  cogcache encode --data-root ./clips --model THUDM/CogVideoX-5b --frames 49 --size 480x720
         """,
-    "train": """Train a LoRA on shards. Loads the transformer only: no VAE, no T5, no video.
+    "train": """Train a LoRA (or all weights) on shards. Loads the transformer only: no VAE, no T5, no video.
 
         Example:  cogcache train --shards shards/clips --rank 128 --alpha 64 --steps 500
 
