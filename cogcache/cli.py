@@ -182,7 +182,7 @@ def _convert_lora(
 
     Example:  cogcache convert-lora runs/clips/pytorch_lora_weights.safetensors for-comfyui.safetensors
     """
-    from cogcache.lora_convert import convert_lora
+    from cogcache.lora.convert import convert_lora
 
     typer.echo(f"Wrote {convert_lora(source, out, form, lora_alpha)} ({form})")
 

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from cogcache.lora_targets import parse_rank_pattern, plain_targets
+from cogcache.lora.targets import parse_rank_pattern, plain_targets
 
 __all__ = ["EncodeConfig", "ExtractImagesConfig", "InferConfig", "TrainConfig", "setting"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from cogcache.finetuned import TRANSFORMER_FOLDER
 from cogcache.infer.plan import Plan
-from cogcache.lora_weights import read_lora
+from cogcache.lora.weights import read_lora
 from cogcache.models import loading, pick_device, torch_dtype
 from cogcache.quiet import quiet_libraries
 from cogcache.tiling import set_decode_tiling

@@ -12,7 +12,7 @@ from cogcache.finetuned import Finetuned, read_finetuned
 from cogcache.geometry import Size, parse_size
 from cogcache.infer.inputs import Inputs, read_inputs
 from cogcache.lora import LoraHeader, Provenance, read_lora_header
-from cogcache.lora_fit import check_lora_fits, family_differences
+from cogcache.lora.fit import check_lora_fits, family_differences
 from cogcache.models import Component, resolve_model
 from cogcache.variants import Variant, read_variant, weights_dtype
 

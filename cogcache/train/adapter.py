@@ -11,9 +11,9 @@ from torch import nn
 from cogcache.config import TrainConfig
 from cogcache.errors import ConfigError, LoraError
 from cogcache.lora import LoraHeader, read_lora_header
-from cogcache.lora_fit import check_lora_fits
-from cogcache.lora_targets import RankPattern, name_targets, parse_rank_pattern, pick_layers, plain_targets
-from cogcache.lora_weights import layer_alphas, lora_settings, read_lora
+from cogcache.lora.fit import check_lora_fits
+from cogcache.lora.targets import RankPattern, name_targets, parse_rank_pattern, pick_layers, plain_targets
+from cogcache.lora.weights import layer_alphas, lora_settings, read_lora
 from cogcache.variants import Variant
 
 __all__ = ["continue_from", "load_init_lora", "peft_config"]

@@ -15,7 +15,7 @@ from cogcache.config import TrainConfig
 from cogcache.config_io import load_config
 from cogcache.errors import ConfigError, LoraError
 from cogcache.lora import Provenance, read_lora_header, save_lora
-from cogcache.lora_targets import RankPattern, name_targets, parse_rank_pattern
+from cogcache.lora.targets import RankPattern, name_targets, parse_rank_pattern
 from cogcache.tiny import Family
 from cogcache.train import train
 from cogcache.train.adapter import continue_from

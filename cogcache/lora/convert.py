@@ -20,8 +20,8 @@ from typing import Literal
 
 from cogcache.errors import ConfigError, StorageError
 from cogcache.lora import read_lora_header, save_lora, save_tensors
-from cogcache.lora_foreign import PEFT_CONFIG, PEFT_WEIGHTS
-from cogcache.lora_weights import LoraWeights, read_lora
+from cogcache.lora.foreign import PEFT_CONFIG, PEFT_WEIGHTS
+from cogcache.lora.weights import LoraWeights, read_lora
 
 __all__ = ["LoraFormat", "convert_lora"]
 

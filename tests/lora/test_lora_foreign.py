@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from cogcache import cli
 from cogcache.errors import CogcacheError, ConfigError, LoraError
 from cogcache.lora import Provenance, read_lora_header, save_lora
-from cogcache.lora_convert import convert_lora
-from cogcache.lora_foreign import canonical_name
-from cogcache.lora_weights import lora_settings, read_lora
+from cogcache.lora.convert import convert_lora
+from cogcache.lora.foreign import canonical_name
+from cogcache.lora.weights import lora_settings, read_lora
 from cogcache.tiny import Family
 from cogcache.variants import read_variant
 

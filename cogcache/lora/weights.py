@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogcache.errors import ConfigError, LoraError
 from cogcache.lora import LoraHeader
-from cogcache.lora_foreign import alpha_of_layer
+from cogcache.lora.foreign import alpha_of_layer
 
 if TYPE_CHECKING:
     from torch import Tensor
