@@ -8,7 +8,7 @@ folder: while open for writing, names ending in ``.part``; once committed, its d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from cogcache.cache.format import Entry, ShardRecord
 
@@ -49,6 +49,12 @@ class ShardReader(Protocol):
 
     def read(self, key: str) -> Entry:
         """Read one entry and check every byte of it against its checksum."""
+
+    def contents(self, key: str) -> tuple[bytes, bytes]:
+        """An entry as it is stored, checked: the bytes of its tensors and of its facts."""
+
+    def facts(self, key: str) -> dict[str, Any]:
+        """The facts of an entry, checked, without reading its tensors."""
 
     def verify(self) -> None:
         """Read the whole shard and check it against the manifest's hash."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from cogcache.cache.backend import ShardReader
 from cogcache.cache.files import storage_errors
@@ -125,6 +126,14 @@ class CacheReader:
             DamagedCacheError: if its bytes are not those that were committed.
         """
         return self._shard(series, key).read(key)
+
+    def facts(self, series: str, key: str) -> dict[str, Any]:
+        """The facts of one entry; its tensors are not read. Raises as :meth:`read` does."""
+        return self._shard(series, key).facts(key)
+
+    def contents(self, series: str, key: str) -> tuple[bytes, bytes]:
+        """One entry as it is stored: the bytes of its tensors and of its facts. Raises as :meth:`read` does."""
+        return self._shard(series, key).contents(key)
 
     def keys(self, series: str) -> list[str]:
         """Keys of all entries of a series, in shard order; used by a sample or not."""

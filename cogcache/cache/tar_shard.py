@@ -6,14 +6,14 @@ import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from cogcache.cache import tar
 from cogcache.cache.files import AppendFile, remove, rename, storage_errors, sync_folder, write_atomic
 from cogcache.cache.format import Entry, EntryRecord, ShardRecord
 from cogcache.cache.handles import Handles
 from cogcache.cache.index import ShardIndex, build_index, check_key, parse_index
-from cogcache.cache.lines import seal_line, unseal_line
+from cogcache.cache.lines import parse_object, seal_line, unseal_line
 from cogcache.errors import DamagedCacheError
 
 __all__ = ["TarShardReader", "TarShardWriter", "durable_keys"]
@@ -185,6 +185,26 @@ class TarShardReader:
         tensors, facts = (self._member(*member) for member in self._entries[key])
         try:
             return tar.unpack(key, tensors, facts)
+        except ValueError as error:
+            raise self._damaged(f"entry {key}: {error}") from None
+
+    def contents(self, key: str) -> tuple[bytes, bytes]:
+        """The entry as it is stored: the bytes of its tensors and of its facts, each checked.
+
+        Raises:
+            DamagedCacheError: if a byte differs from what was written.
+        """
+        tensors, facts = self._entries[key]
+        return self._member(*tensors), self._member(*facts)
+
+    def facts(self, key: str) -> dict[str, Any]:
+        """The facts of an entry, without reading its tensors.
+
+        Raises:
+            DamagedCacheError: if a byte differs from what was written.
+        """
+        try:
+            return parse_object(self._member(*self._entries[key][1]))
         except ValueError as error:
             raise self._damaged(f"entry {key}: {error}") from None
 

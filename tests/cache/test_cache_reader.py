@@ -372,3 +372,14 @@ def test_the_manifest_is_its_own_record(undisturbed: Path) -> None:
     manifest = Manifest.model_validate_json((undisturbed / "manifest.json").read_text())
     assert manifest == CacheReader(undisturbed).manifest
     assert manifest.sealed() == manifest
+
+
+def test_facts_and_contents_are_those_of_the_entry(undisturbed: Path) -> None:
+    """Facts are read without the tensors; contents are the stored bytes."""
+    reader = CacheReader(undisturbed)
+    key = latent_key(0)
+    whole = reader.read(LATENTS, key)
+    assert reader.facts(LATENTS, key) == whole.facts
+    tensors, facts = reader.contents(LATENTS, key)
+    assert torch.equal(load(tensors)["moments"], whole.tensors["moments"])
+    assert json.loads(facts) == whole.facts
