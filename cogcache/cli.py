@@ -1,7 +1,7 @@
 """The command line: the only place that knows all stages.
 
 Exit codes: 0 done; 2 bad input, nothing lost; 3 done, but some clips failed; 4 the loss became
-non-finite; 130 or 143 stopped by Ctrl-C or SIGTERM, go on with the same command.
+non-finite; 5 the cache is damaged; 130 or 143 stopped by Ctrl-C or SIGTERM, go on with the same command.
 """
 
 from __future__ import annotations
@@ -187,6 +187,28 @@ def _convert_lora(
     typer.echo(f"Wrote {convert_lora(source, out, form, lora_alpha)} ({form})")
 
 
+@app.command("verify")
+def _verify(
+    shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="Cache written by 'cogcache encode'.")],
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Drop what is damaged, so that the next encode remakes just that."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Check every byte of a cache.
+
+    Structure, checksums, tensors and references; every damage is listed with its file, entry and clips (exit code 5).
+    With --repair what is lost but can be proven is rebuilt, and what is damaged is dropped (exit code 3 where
+    encode must then run again).
+
+    Example:  cogcache verify shards/clips
+    """
+    from cogcache.cache.verify import verify
+
+    verify(shards, repair=repair, as_json=as_json)
+
+
 @app.command("demo")
 def _demo(
     output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("runs/demo"),
@@ -233,7 +255,9 @@ def _report(error: CogcacheError) -> None:
         import traceback
 
         traceback.print_exception(error)
-    label = {3: "Incomplete: "}.get(error.exit_code, "Error: ") if error.exit_code < 128 else ""
+    label = (
+        {3: "Incomplete: ", 5: "Damaged: "}.get(error.exit_code, "Error: ") if error.exit_code < 128 else ""
+    )
     typer.secho(f"{label}{error.message}", err=True, fg="red")
     if error.hint:
         typer.secho(error.hint, err=True)

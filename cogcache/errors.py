@@ -18,6 +18,7 @@
     ├── NonFiniteError            the loss stopped being a number (exit code 4)
     └── StoppedError              stopped by a signal, state saved (exit code 130 or 143)
     PartialFailureError           exit code 3: the run finished, but some clips failed
+    DamageFoundError              exit code 5: verify finished, and the cache is not whole
 
 Only the command line turns these into exit codes; everything below it raises.
 """
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "CogcacheError",
     "ConfigError",
+    "DamageFoundError",
     "DamagedCacheError",
     "DatasetError",
     "GeometryError",
@@ -154,3 +156,9 @@ class PartialFailureError(CogcacheError):
     """The run finished and all that is good is committed, but some clips failed."""
 
     exit_code = 3
+
+
+class DamageFoundError(CogcacheError):
+    """``verify`` finished, and the cache is not whole: every damage is listed."""
+
+    exit_code = 5

@@ -32,7 +32,20 @@ from cogcache.variants import Variant
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BLOCK", "END", "PREAMBLE", "entry_size", "is_entry", "member_names", "pack", "preamble", "unpack"]
+__all__ = [
+    "BLOCK",
+    "END",
+    "PREAMBLE",
+    "entry_size",
+    "is_entry",
+    "member",
+    "member_names",
+    "pack",
+    "pack_contents",
+    "padded",
+    "preamble",
+    "unpack",
+]
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
@@ -53,7 +66,7 @@ def preamble(series: str, variant: Variant, fingerprint: Fingerprint) -> bytes:
         "variant": variant.model_dump(mode="json"),
         "fingerprint": fingerprint,
     }
-    return _member(PREAMBLE, canonical_json(value).encode())
+    return member(PREAMBLE, canonical_json(value).encode())
 
 
 def pack(entry: Entry, start: int) -> tuple[bytes, EntryRecord]:
@@ -65,12 +78,17 @@ def pack(entry: Entry, start: int) -> tuple[bytes, EntryRecord]:
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in entry.tensors.items()}
     contents = (safetensors.torch.save(tensors), canonical_json(dict(entry.facts)).encode())
+    return pack_contents(entry.key, contents, start)
+
+
+def pack_contents(key: str, contents: tuple[bytes, bytes], start: int) -> tuple[bytes, EntryRecord]:
+    """As :func:`pack`, from the contents of the two members."""
     data, records = b"", []
-    for name, content in zip(member_names(entry.key), contents, strict=True):
+    for name, content in zip(member_names(key), contents, strict=True):
         offset = start + len(data) + BLOCK
         records.append(MemberRecord(name=name, offset=offset, size=len(content), crc32=zlib.crc32(content)))
-        data += _member(name, content)
-    return data, EntryRecord(key=entry.key, members=tuple(records))
+        data += member(name, content)
+    return data, EntryRecord(key=key, members=tuple(records))
 
 
 def unpack(key: str, tensors: bytes, facts: bytes) -> Entry:
@@ -95,26 +113,31 @@ def _load_tensors(data: bytes) -> Mapping[str, torch.Tensor]:
 
 def entry_size(record: EntryRecord) -> int:
     """Bytes that an entry takes up in the file, headers and padding included."""
-    return sum(BLOCK + _padded(member.size) for member in record.members)
+    return sum(BLOCK + padded(part.size) for part in record.members)
 
 
 def is_entry(record: EntryRecord, data: bytes, start: int) -> bool:
     """Whether ``data``, which begins at byte ``start`` of the file, is exactly the recorded entry."""
-    if tuple(member.name for member in record.members) != member_names(record.key):
+    if tuple(part.name for part in record.members) != member_names(record.key):
         return False
     at = 0
-    for member in record.members:
+    for part in record.members:
         body = at + BLOCK
-        content = data[body : body + member.size]
-        if member.offset != start + body or zlib.crc32(content) != member.crc32:
+        content = data[body : body + part.size]
+        if part.offset != start + body or zlib.crc32(content) != part.crc32:
             return False
-        if data[at : body + _padded(member.size)] != _member(member.name, content):
+        if data[at : body + padded(part.size)] != member(part.name, content):
             return False
-        at = body + _padded(member.size)
+        at = body + padded(part.size)
     return at == len(data)
 
 
-def _member(name: str, content: bytes) -> bytes:
+def member(name: str, content: bytes) -> bytes:
+    """A whole member: header, content, and zeros up to a full block.
+
+    Raises:
+        CacheError: if it is too large for a ustar archive.
+    """
     info = tarfile.TarInfo(name)
     info.size = len(content)
     info.mode = 0o644
@@ -122,8 +145,9 @@ def _member(name: str, content: bytes) -> bytes:
         header = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
     except ValueError as error:
         raise CacheError(f"{name} cannot be stored in a tar file: {error}", "Take fewer frames.") from None
-    return header + content + bytes(_padded(len(content)) - len(content))
+    return header + content + bytes(padded(len(content)) - len(content))
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """``size`` bytes of content with the zeros behind them."""
     return -(-size // BLOCK) * BLOCK

@@ -63,7 +63,13 @@ class TarShardWriter:
 
     def append(self, entry: Entry) -> None:
         """Add an entry: first its bytes, then the line that makes them count. Durable on return."""
-        data, record = tar.pack(entry, self._data.end)
+        self._add(*tar.pack(entry, self._data.end))
+
+    def copy(self, key: str, contents: tuple[bytes, bytes]) -> None:
+        """:meth:`append` for an entry whose two members have these contents already."""
+        self._add(*tar.pack_contents(key, contents, self._data.end))
+
+    def _add(self, data: bytes, record: EntryRecord) -> None:
         self._data.append(data)
         self._log.append(_line(record))
         self._hash.update(data)

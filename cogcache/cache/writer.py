@@ -46,7 +46,7 @@ from cogcache.cache.job import ShardJob
 from cogcache.cache.journal import Journal
 from cogcache.errors import CacheError
 
-__all__ = ["CacheWriter", "ShardJob", "drop_series"]
+__all__ = ["CacheWriter", "ShardJob", "cache_lock", "drop_series", "is_claimed"]
 
 _LOCK_FILE = ".lock"
 
@@ -79,11 +79,11 @@ class CacheWriter:
         """
         root = root.absolute()
         make_folder(root)
-        with _cache_lock(root):
+        with cache_lock(root):
             return cls(root, admit(root, identity))
 
     def _lock(self) -> AbstractContextManager[None]:
-        return _cache_lock(self.root)
+        return cache_lock(self.root)
 
     def _folder(self, series: str) -> SeriesFolder:
         if series not in self._folders:
@@ -161,18 +161,11 @@ class CacheWriter:
         mine = {(job.series, job.name) for job in self._held if job.open}
         with self._lock():
             return any(
-                self._is_claimed(folder, name)
+                is_claimed(folder, name)
                 for series, folder in self._folders.items()
                 for name in folder.unfinished()
                 if (series, name) not in mine
             )
-
-    @staticmethod
-    def _is_claimed(folder: SeriesFolder, name: str) -> bool:
-        claim = folder.claim(name)
-        if claim is not None:
-            claim.release()
-        return claim is None
 
     def failures(self) -> dict[str, str]:
         """Entry key -> reason recorded last, for every entry that failed once and is still missing."""
@@ -249,6 +242,14 @@ class CacheWriter:
                 )
 
 
+def is_claimed(folder: SeriesFolder, name: str) -> bool:
+    """Whether anybody fills this unfinished shard; the caller holds the cache lock."""
+    claim = folder.claim(name)
+    if claim is not None:
+        claim.release()
+    return claim is None
+
+
 def drop_series(root: Path, series: str, wanted: Identity) -> None:
     """Remove a series with all its shards, so that it can be made anew with any settings; the others stay.
 
@@ -265,14 +266,14 @@ def drop_series(root: Path, series: str, wanted: Identity) -> None:
     """
     if not (root / IDENTITY_FILE).exists():
         return
-    with _cache_lock(root):
+    with cache_lock(root):
         identity = read_identity(root)
         if series not in identity.series:
             return
         wanted = Identity.model_validate(wanted.model_dump(mode="json"))
         check_same(root, identity, wanted, wanted.series.keys() - {series})
         folder = SeriesFolder(root, series, identity.model.variant, identity.series[series])
-        if any(CacheWriter._is_claimed(folder, name) for name in folder.unfinished()):
+        if any(is_claimed(folder, name) for name in folder.unfinished()):
             raise CacheError(f"another process is filling {series} in {root}.", "Wait for it to end.")
         remove(root / MANIFEST_FILE)
         remove_tree(root / series)
@@ -281,7 +282,7 @@ def drop_series(root: Path, series: str, wanted: Identity) -> None:
 
 
 @contextmanager
-def _cache_lock(root: Path) -> Iterator[None]:
+def cache_lock(root: Path) -> Iterator[None]:
     """Keep all others out of the cache; whatever the disk refuses inside becomes a :class:`StorageError`."""
     with storage_errors(root):
         lock = FileLock.acquire(root / _LOCK_FILE, wait=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import verify_kit
 from cache_kit import FakeOs, encode, install, snapshot
 
 
@@ -26,3 +28,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(undisturbed: Path) -> dict[str, bytes]:
     """Bytes of every file of that cache."""
     return snapshot(undisturbed)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cache. Read only."""
+    root = tmp_path_factory.mktemp("finished") / "cache"
+    verify_kit.encode(root)
+    return root
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path, fast_disk: FakeOs) -> Path:
+    """A copy of the finished cache, to be damaged."""
+    assert fast_disk
+    return Path(shutil.copytree(finished, tmp_path / "cache"))

@@ -1,0 +1,223 @@
+"""``cogcache verify``: every byte of a cache against everything that vouches for it. Changes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cogcache.cache.contents import Expectation
+from cogcache.cache.damage import Damage, Report
+from cogcache.cache.files import storage_errors
+from cogcache.cache.format import (
+    FAILURES_FILE,
+    IDENTITY_FILE,
+    IMAGES,
+    JOURNAL_FILE,
+    LATENTS,
+    MANIFEST_FILE,
+    SAMPLES_FILE,
+    TEXT,
+    VALIDATION_FILE,
+    Identity,
+    SampleRecord,
+)
+from cogcache.cache.index import check_key
+from cogcache.cache.journal import Journal
+from cogcache.cache.lines import load_sealed
+from cogcache.cache.shard_check import ShardFinding, examine
+from cogcache.cache.survey import Survey, survey
+
+__all__ = ["Checked", "check_cache", "needs_of"]
+
+_TOP = {IDENTITY_FILE, MANIFEST_FILE, SAMPLES_FILE, FAILURES_FILE, VALIDATION_FILE, JOURNAL_FILE, ".lock"}
+_SETTINGS = "encode.config.yaml"
+_SHARD_FILE = re.compile(
+    r"\.?([a-z0-9_]+-\d{5,9})\.(tar|index\.jsonl|plan\.json|lock|tar\.part|index\.part|tar\.damaged|index\.damaged)"
+)
+_UNFINISHED = ("plan.json", "lock", "tar.part", "index.part")
+
+
+@dataclass
+class Checked:
+    """A report with what it rests on."""
+
+    report: Report
+    seen: Survey
+    findings: list[ShardFinding]
+
+    def good_keys(self) -> dict[str, set[str]]:
+        """Series -> keys of entries that are there and sound."""
+        keys: dict[str, set[str]] = defaultdict(set)
+        for finding in self.findings:
+            keys[finding.series].update(record.key for record in finding.good)
+        return keys
+
+
+def check_cache(root: Path, advance: Callable[[int], object] = lambda _: None) -> Checked:
+    """Look at every file of a cache.
+
+    Args:
+        root: Folder of the cache.
+        advance: Told how many bytes of shards more were read.
+
+    Raises:
+        CacheError: if there is no cache in ``root``, or it is of a later version.
+        StorageError: if the disk or its permissions forbid reading.
+    """
+    root = root.absolute()
+    with storage_errors(root, "read"):
+        seen = survey(root)
+        report = Report(str(root), list(seen.damages))
+        findings = list(_shards(seen, advance)) if seen.identity else []
+        report.damages += [damage for finding in findings for damage in finding.damages]
+        _references(seen, findings, report)
+        _plans(root, report)
+        _journal(root, report)
+        _strangers(seen, findings, report)
+    users = _users(seen)
+    report.damages = [_with_clips(damage, users, findings) for damage in report.damages]
+    report.counts = {
+        "bytes": sum(finding.size for finding in findings),
+        "shards": len(findings),
+        "entries": sum(len(finding.good) for finding in findings),
+        "samples": len(seen.samples or ()),
+        "failures": len(seen.failures or ()),
+    }
+    return Checked(report, seen, findings)
+
+
+def _shards(seen: Survey, advance: Callable[[int], object]) -> list[ShardFinding]:
+    assert seen.identity is not None
+    findings = []
+    for series, shards in seen.shards.items():
+        expected = _expectation(seen, seen.identity, series)
+        if expected is None:
+            continue
+        for name in shards.names:
+            record = shards.named.get(name)
+            findings.append(examine(seen.root / series, name, record, expected, advance))
+    return findings
+
+
+def _expectation(seen: Survey, identity: Identity, series: str) -> Expectation | None:
+    named = seen.manifest.series.get(series) if seen.manifest else None
+    fingerprint = named.fingerprint if named else identity.series.get(series)
+    if fingerprint is None:
+        return None
+    variant = seen.manifest.model.variant if seen.manifest else identity.model.variant
+    rows = {row.latents: row for row in seen.samples or ()} if seen.manifest else {}
+    return Expectation(series, variant, fingerprint, rows)
+
+
+def needs_of(row: SampleRecord) -> list[tuple[str, str]]:
+    """(series, key) of every entry that a sample needs."""
+    return [(LATENTS, row.latents), (TEXT, row.text), *((IMAGES, key) for key in row.images)]
+
+
+def _references(seen: Survey, findings: list[ShardFinding], report: Report) -> None:
+    """Every key that is named exists, in one shard. Entries already known to be damaged are not told twice."""
+    there: dict[tuple[str, str], str] = {}
+    for finding in findings:
+        for record in finding.good:
+            other = there.setdefault((finding.series, record.key), finding.name)
+            if other != finding.name:
+                what = f"an entry that is in {other} too"
+                report.damages.append(
+                    Damage(f"{finding.series}/{finding.name}.tar", what, finding.name, record.key)
+                )
+    unread = {finding.series for finding in findings if finding.damages}
+    needs = [(SAMPLES_FILE, *need) for row in seen.samples or () for need in needs_of(row)]
+    for prompt in seen.validation or ():
+        needs.append((VALIDATION_FILE, TEXT, prompt.text))
+        needs += [(VALIDATION_FILE, IMAGES, prompt.image)] if prompt.image else []
+    if seen.manifest:
+        needs.append((MANIFEST_FILE, TEXT, seen.manifest.unconditional))
+    for file, series, key in dict.fromkeys(needs):
+        if (series, key) not in there and series not in unread:
+            report.damages.append(Damage(file, f"it names an entry that is not in {series}", key=key))
+
+
+def _users(seen: Survey) -> Mapping[tuple[str, str], list[str]]:
+    users: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in seen.samples or ():
+        for need in needs_of(row):
+            users[need].append(row.source)
+    return users
+
+
+def _with_clips(
+    damage: Damage, users: Mapping[tuple[str, str], list[str]], findings: list[ShardFinding]
+) -> Damage:
+    """With the clips that need the entry; a damage that is not of one entry is of every clip of the shard."""
+    if damage.key:
+        series = [damage.file.split("/")[0]] if damage.shard else [LATENTS, TEXT, IMAGES]
+        sources = [source for name in series for source in users.get((name, damage.key), ())]
+    else:
+        good = [f for f in findings if f.name == damage.shard]
+        sources = [s for f in good for r in f.good for s in users.get((f.series, r.key), ())]
+    return replace(damage, clips=tuple(dict.fromkeys(sources)))
+
+
+def _plans(root: Path, report: Report) -> None:
+    for path in sorted(root.glob("*/*.plan.json")):
+        name = path.name.removesuffix(".plan.json")
+        try:
+            value = load_sealed(path.read_bytes())
+            if value["shard"] != name or not isinstance(value["keys"], list):
+                raise ValueError("it is the plan of another shard")
+            for key in value["keys"]:
+                check_key(key)
+        except (ValueError, KeyError) as error:
+            report.damages.append(Damage(f"{path.parent.name}/{path.name}", str(error), name))
+
+
+def _journal(root: Path, report: Report) -> None:
+    journal = Journal(root / JOURNAL_FILE)
+    for _ in journal.read():
+        pass
+    if journal.garbled:
+        what = f"{journal.garbled} of its lines are torn or changed; they are left out"
+        report.damages.append(Damage(JOURNAL_FILE, what))
+
+
+def _strangers(seen: Survey, findings: list[ShardFinding], report: Report) -> None:
+    """Files that belong to nothing, and entries that no sample uses."""
+    unfinished, known = set(), {finding.name for finding in findings}
+    for path in sorted(seen.root.rglob("*")):
+        if path.is_dir():
+            continue
+        name = path.relative_to(seen.root).as_posix()
+        match = _SHARD_FILE.fullmatch(path.name)
+        if name in _TOP or name == _SETTINGS:
+            continue
+        if match and path.parent.parent == seen.root and match[1].rsplit("-", 1)[0] == path.parent.name:
+            if match[2] in _UNFINISHED:
+                unfinished.add(match[1])
+            elif match[2] == "tar" and match[1] not in known and not path.with_suffix(".plan.json").exists():
+                report.facts.append(f"{name} has no index, so it is no part of the cache; it can be deleted")
+            elif match[2].endswith("damaged"):
+                report.facts.append(f"{name} was set aside by a repair that was stopped; repair again")
+            continue
+        if name.endswith((".tmp", ".next")) or ".dropped/" in name:
+            report.facts.append(f"{name} was left by a run that was stopped; the next encode clears it away")
+        else:
+            report.facts.append(f"{name} does not belong to the cache")
+    report.facts += [f"shard {name} is not finished; encode goes on with it" for name in sorted(unfinished)]
+    _unused(seen, findings, report)
+
+
+def _unused(seen: Survey, findings: list[ShardFinding], report: Report) -> None:
+    if seen.manifest is None or seen.samples is None:
+        return
+    named = {name for record in seen.manifest.series.values() for name in (s.name for s in record.shards)}
+    new = [finding.name for finding in findings if finding.name not in named]
+    report.facts += [f"shard {name} is committed, but not yet in {MANIFEST_FILE}" for name in new]
+    used = {need for row in seen.samples for need in needs_of(row)} | {(TEXT, seen.manifest.unconditional)}
+    for prompt in seen.validation or ():
+        used |= {(TEXT, prompt.text), (IMAGES, prompt.image or "")}
+    spare = sum((f.series, r.key) not in used for f in findings for r in f.good)
+    if spare:
+        report.facts.append(f"{spare} entries are used by no sample; they do no harm")

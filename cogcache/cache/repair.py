@@ -1,0 +1,283 @@
+"""``cogcache verify --repair``: keep what is good, drop what is damaged, so that encode remakes just that.
+
+Nothing good is removed before its copy is durable: a damaged shard is set aside under names of its own, its good
+entries go into a new shard by the usual commit protocol, and only then does it go. Stopped anywhere in between,
+the next repair goes on, and the next encode works too. What cannot be proven good is not kept, but for shards of
+which nothing vouches any more (index and manifest both lost): those are taken as they are, and this is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cogcache.cache.check import Checked, check_cache, needs_of
+from cogcache.cache.files import remove, rename, write_atomic
+from cogcache.cache.folder import SeriesFolder
+from cogcache.cache.format import (
+    FAILURES_FILE,
+    IMAGES,
+    JOURNAL_FILE,
+    MANIFEST_FILE,
+    SAMPLES_FILE,
+    TEXT,
+    VALIDATION_FILE,
+    EntryRecord,
+    FailureRecord,
+    Identity,
+    MemberRecord,
+    SampleRecord,
+    entry_key,
+)
+from cogcache.cache.identity import write_identity
+from cogcache.cache.index import parse_index
+from cogcache.cache.journal import Journal
+from cogcache.cache.lines import seal_line
+from cogcache.cache.shard_check import ShardFinding, read_contents
+from cogcache.cache.writer import CacheWriter, cache_lock, is_claimed
+from cogcache.errors import CacheError
+
+__all__ = ["Repaired", "repair_cache"]
+
+_DROPPED = "its entry was damaged and has been dropped; encode makes it anew"
+
+
+@dataclass
+class Repaired:
+    """What a repair did.
+
+    Attributes:
+        done: What was done, one line each.
+        missing: Whether encode must run again: something was dropped, or cannot be known from what is left.
+    """
+
+    done: list[str] = field(default_factory=list)
+    missing: bool = False
+
+
+def repair_cache(
+    checked: Checked, model_id: str | None = None, advance: Callable[[int], object] = lambda _: None
+) -> Repaired:
+    """Make the cache valid again.
+
+    Args:
+        checked: Outcome of a check of the cache just now.
+        model_id: The base model's id, for a ``cache.json`` that is rebuilt from shards, which do not tell it.
+        advance: Told how many bytes of shards more were read.
+
+    Raises:
+        CacheError: if another process fills the cache, or nothing is left to repair from.
+        StorageError: if the disk refuses; the next repair goes on.
+    """
+    root, result = checked.seen.root, Repaired()
+    identity = _mend_identity(checked, model_id, result)
+    folders = {
+        series: SeriesFolder(root, series, identity.model.variant, fingerprint)
+        for series, fingerprint in identity.series.items()
+    }
+    with cache_lock(root):
+        _refuse_busy(root, folders)
+        _drop_plans(checked, folders, result)
+        known = {r.key for f in checked.findings if not f.index_lost for r in f.good}
+        changed = [finding for finding in checked.findings if not _mend_shard(root, finding, known, result)]
+        if changed:
+            remove(root / MANIFEST_FILE)  # it names what will not be there any more
+        for finding in changed:
+            _set_aside(root, finding)
+    for folder in folders.values():
+        _take_good(root, folder, result)
+    _mend_tables(checked, identity, advance, result)
+    if any(damage.file == JOURNAL_FILE for damage in checked.report.damages):
+        _mend_journal(root, result)
+    return result
+
+
+def _mend_identity(checked: Checked, model_id: str | None, result: Repaired) -> Identity:
+    seen = checked.seen
+    if seen.identity is None:
+        raise CacheError(
+            f"nothing in {seen.root} says what it is: no manifest, no cache.json, no whole shard.",
+            "Delete it and run encode again.",
+        )
+    identity = seen.identity
+    if seen.identity_lost:
+        if seen.manifest is None and model_id:
+            identity = identity.model_copy(
+                update={"model": identity.model.model_copy(update={"id": model_id})}
+            )
+        with cache_lock(seen.root):
+            write_identity(seen.root, identity)
+        source = MANIFEST_FILE if seen.manifest else "the first member of the shards"
+        result.done.append(f"cache.json was rebuilt from {source}")
+    return identity
+
+
+def _refuse_busy(root: Path, folders: dict[str, SeriesFolder]) -> None:
+    if any(is_claimed(folder, name) for folder in folders.values() for name in folder.unfinished()):
+        raise CacheError(f"another process is filling {root}.", "Wait for it to end, then repair.")
+
+
+def _drop_plans(checked: Checked, folders: dict[str, SeriesFolder], result: Repaired) -> None:
+    """An unfinished shard whose plan is damaged cannot be gone on with."""
+    bad = {(d.file.split("/")[0], d.shard) for d in checked.report.damages if d.file.endswith(".plan.json")}
+    for series, name in sorted(bad):
+        path = checked.seen.root / series
+        remove(*(path / f"{name}.{suffix}" for suffix in ("tar.part", "index.part", "plan.json")))
+        if series in folders:
+            remove(path / f".{name}.lock")
+        result.done.append(f"the unfinished shard {name} was dropped: its plan is damaged")
+        result.missing = True
+
+
+def _mend_shard(root: Path, finding: ShardFinding, known: set[str], result: Repaired) -> bool:
+    """Whether the shard is whole now: it was, or only its index had to be made again.
+
+    ``known`` are keys of shards that have their index: after a loss, encode may have made entries again.
+    """
+    if not finding.damages:
+        return True
+    if not (finding.tar_whole and finding.good and known.isdisjoint(r.key for r in finding.good)):
+        return False
+    write_atomic(root / finding.series / f"{finding.name}.index.jsonl", finding.index())
+    proof = "" if finding.proven else "; nothing vouches for its bytes any more: check it with --decode 100%"
+    result.done.append(f"the index of {finding.name} was rebuilt from its tar file{proof}")
+    return True
+
+
+def _set_aside(root: Path, finding: ShardFinding) -> None:
+    """Take a shard out of the cache: first a list of its good entries, then its index goes, then its name."""
+    folder = root / finding.series
+    tar = folder / f"{finding.name}.tar"
+    write_atomic(folder / f"{finding.name}.index.damaged", finding.index())
+    remove(folder / f"{finding.name}.index.jsonl")
+    if tar.exists():
+        rename(tar, tar.with_suffix(".tar.damaged"))
+
+
+def _take_good(root: Path, folder: SeriesFolder, result: Repaired) -> None:
+    """Move the good entries of all shards set aside, now or by a repair that was stopped, into new ones."""
+    for listed in sorted(folder.path.glob("*.index.damaged")):
+        name = listed.name.removesuffix(".index.damaged")
+        data = folder.path / f"{name}.tar.damaged"
+        if not data.exists() and (folder.path / f"{name}.tar").exists():
+            with cache_lock(root):
+                rename(folder.path / f"{name}.tar", data)
+        records = _listed(listed)
+        with cache_lock(root):
+            settled = folder.settled_keys()
+        wanted = [record for record in records if record.key not in settled]
+        kept = _copy(root, folder, data, wanted) if wanted else 0
+        with cache_lock(root):
+            remove(data, listed)
+        result.done.append(f"{name} was damaged: {kept} good entries were kept, the others dropped")
+        result.missing = True
+
+
+def _listed(path: Path) -> list[EntryRecord]:
+    names = ("name", "offset", "size", "crc32")
+    try:
+        entries = parse_index(path.read_bytes()).entries
+    except ValueError:
+        return []
+    return [
+        EntryRecord(key=key, members=tuple(MemberRecord(**dict(zip(names, m, strict=True))) for m in members))
+        for key, members in entries.items()
+    ]
+
+
+def _copy(root: Path, folder: SeriesFolder, data: Path, records: Sequence[EntryRecord]) -> int:
+    """Entries copied, byte for byte, into a new shard."""
+    with cache_lock(root):
+        (name,) = folder.add_plans([record.key for record in records], len(records))
+        claim = folder.claim(name)
+    if claim is None:
+        raise CacheError(f"another process is filling {root}.", "Wait for it to end, then repair.")
+    copied = 0
+    with claim, data.open("rb") as stream:
+        shard = folder.open_shard(name)
+        for record in records:
+            contents = read_contents(stream, record, data.stat().st_size)
+            if contents is not None:
+                shard.copy(record.key, contents)
+                copied += 1
+        if copied:
+            shard.seal()
+        with cache_lock(root):
+            if copied:
+                shard.commit()
+            else:
+                shard.discard()
+            folder.drop_plan(name)
+    return copied
+
+
+def _mend_tables(
+    checked: Checked, identity: Identity, advance: Callable[[int], object], result: Repaired
+) -> None:
+    """Write tables and manifest anew where they do not agree with what is there."""
+    now = check_cache(checked.seen.root, advance) if result.done else checked
+    top = (MANIFEST_FILE, SAMPLES_FILE, FAILURES_FILE, VALIDATION_FILE)
+    if not any(damage.file in top for damage in now.report.damages):
+        return
+    root, rows = checked.seen.root, checked.seen.samples
+    keys = now.good_keys()
+    unconditional = entry_key(identity.series.get(TEXT, {}), caption="")
+    if checked.seen.manifest is not None:
+        unconditional = checked.seen.manifest.unconditional
+    if rows is None or unconditional not in keys[TEXT]:
+        why = "samples.jsonl cannot be believed" if rows is None else "the empty caption's entry is lost"
+        with cache_lock(root):
+            remove(root / MANIFEST_FILE)
+        result.done.append(
+            f"no manifest can be written: {why}; encode writes it from your lists and encodes only what is missing"
+        )
+        result.missing = True
+        return
+    _commit(checked, identity, rows, keys, unconditional, result)
+
+
+def _commit(
+    checked: Checked,
+    identity: Identity,
+    rows: Sequence[SampleRecord],
+    keys: dict[str, set[str]],
+    unconditional: str,
+    result: Repaired,
+) -> None:
+    root, seen = checked.seen.root, checked.seen
+    complete = [row for row in rows if all(key in keys[series] for series, key in needs_of(row))]
+    kept = {row.id for row in complete}
+    dropped = [
+        FailureRecord(id=row.id, source=row.source, window=row.window, reason=_DROPPED)
+        for row in rows
+        if row.id not in kept
+    ]
+    prompts = [
+        prompt
+        for prompt in seen.validation or ()
+        if prompt.text in keys[TEXT] and (not prompt.image or prompt.image in keys[IMAGES])
+    ]
+    journaled = {event.get("checksum") for event in Journal(root / JOURNAL_FILE).read()}
+    writer = CacheWriter.open(root, identity)
+    manifest = writer.commit(complete, [*(seen.failures or ()), *dropped], unconditional, prompts)
+    if manifest.checksum in journaled:
+        result.done.append("the manifest was rebuilt; the journal proves it is the one that was committed")
+    else:
+        result.done.append(
+            f"tables and manifest were written anew, with {len(complete)} of {len(rows)} samples"
+        )
+    lost = len(seen.validation or ()) - len(prompts)
+    if seen.validation is None or lost:
+        result.done.append("validation prompts were lost; give --validation-prompts to encode again")
+    result.missing |= bool(dropped) or seen.validation is None or bool(lost)
+
+
+def _mend_journal(root: Path, result: Repaired) -> None:
+    """Leave out lines that are torn or changed; under the cache lock, with no shard being filled."""
+    with cache_lock(root):
+        journal = Journal(root / JOURNAL_FILE)
+        lines: list[dict[str, Any]] = list(journal.read())
+        write_atomic(journal.path, b"".join(seal_line(line) for line in lines))
+    result.done.append(f"{journal.garbled} wrong lines of the journal were left out")

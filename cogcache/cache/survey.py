@@ -1,0 +1,267 @@
+"""What of a cache can be believed when some of it cannot: identity, manifest, tables, names of shards."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from cogcache.cache.damage import Damage
+from cogcache.cache.folder import SERIES
+from cogcache.cache.format import (
+    FAILURES_FILE,
+    IDENTITY_FILE,
+    LATENTS,
+    MANIFEST_FILE,
+    SAMPLES_FILE,
+    TEXT,
+    VALIDATION_FILE,
+    FailureRecord,
+    Identity,
+    Manifest,
+    ModelRecord,
+    Record,
+    SampleRecord,
+    ShardRecord,
+    ValidationRecord,
+    canonical_json,
+    digest,
+    entry_key,
+)
+from cogcache.cache.identity import read_identity
+from cogcache.cache.lines import parse_object
+from cogcache.cache.shard_check import read_preamble
+from cogcache.cache.tables import read_manifest, read_table
+from cogcache.errors import CacheError
+from cogcache.variants import Variant
+
+__all__ = ["SeriesShards", "Survey", "survey"]
+
+R = TypeVar("R", bound=Record)
+_SHARD = re.compile(r"([a-z][a-z0-9_]{0,31})-\d{5,9}")
+_MOST_LISTED = 100_000
+"""A video is not looked for in a list more often than this when a row proves its id."""
+
+
+@dataclass
+class SeriesShards:
+    """Shards of a series by name: those that the manifest names, and those on disk."""
+
+    named: dict[str, ShardRecord] = field(default_factory=dict)
+    found: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """All of them, by number."""
+        return sorted({*self.named, *self.found}, key=lambda name: int(name.rsplit("-", 1)[1]))
+
+
+@dataclass
+class Survey:
+    """What was found. Attributes are None where a file is missing or cannot be believed.
+
+    ``rows`` are proven by the manifest, or where there is none, by themselves.
+    """
+
+    root: Path
+    identity: Identity | None = None
+    identity_lost: bool = False
+    manifest: Manifest | None = None
+    samples: list[SampleRecord] | None = None
+    failures: list[FailureRecord] | None = None
+    validation: list[ValidationRecord] | None = None
+    shards: dict[str, SeriesShards] = field(default_factory=dict)
+    damages: list[Damage] = field(default_factory=list)
+
+    def add(self, file: str, what: str) -> None:
+        """Note a damage."""
+        self.damages.append(Damage(file, what))
+
+
+def survey(root: Path) -> Survey:
+    """Read everything but the shards. Nothing is changed.
+
+    Raises:
+        CacheError: if there is no cache in ``root``, or one of a later version.
+    """
+    seen = Survey(root)
+    seen.manifest = _believed(seen, MANIFEST_FILE, lambda: read_manifest(root))
+    _find_identity(seen)
+    _find_shards(seen)
+    _read_tables(seen)
+    return seen
+
+
+def _believed(seen: Survey, name: str, read: Callable[[], R]) -> R | None:
+    try:
+        return read()
+    except CacheError as error:
+        if "version" in error.message and error.hint == "Update cogcache.":
+            raise
+        missing = not (seen.root / name).exists()
+        known = (IDENTITY_FILE, MANIFEST_FILE, SAMPLES_FILE)
+        if missing and not any((seen.root / n).exists() for n in known) and not _tars(seen.root):
+            raise CacheError(
+                f"{seen.root} is not a cache.", "Give the folder that 'cogcache encode' wrote."
+            ) from None
+        if not missing:
+            what = error.message.removeprefix(f"{seen.root / name} ").rstrip(".")
+        elif name == MANIFEST_FILE:
+            what = "it is missing: encode has not finished, or it was lost"
+        else:
+            what = "it is missing"
+        seen.add(name, what)
+        return None
+
+
+def _tars(root: Path) -> list[Path]:
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    found = [file for folder in folders for file in folder.glob("*.tar")]
+    return sorted(file for file in found if _belongs(file))
+
+
+def _belongs(file: Path) -> bool:
+    match = _SHARD.fullmatch(file.stem)
+    return bool(match and match[1] == file.parent.name)
+
+
+def _find_identity(seen: Survey) -> None:
+    seen.identity = _believed(seen, IDENTITY_FILE, lambda: read_identity(seen.root))
+    manifest = seen.manifest
+    if seen.identity is None:
+        seen.identity_lost = True
+        seen.identity = _identity_of(manifest) if manifest else _identity_of_tars(seen.root)
+        return
+    if manifest is None:
+        return
+    same = seen.identity.model.variant == manifest.model.variant
+    series = {name: seen.identity.series.get(name) for name in manifest.series}
+    if not same or series != {name: record.fingerprint for name, record in manifest.series.items()}:
+        seen.add(MANIFEST_FILE, f"it is of another cache than {IDENTITY_FILE}")
+
+
+def _identity_of(manifest: Manifest) -> Identity:
+    series = {name: record.fingerprint for name, record in manifest.series.items()}
+    return Identity(model=manifest.model, series=series)
+
+
+def _identity_of_tars(root: Path) -> Identity | None:
+    """What most shards of each series say of themselves; the model's id is in none of them."""
+    votes: dict[str, Counter[str]] = {}
+    variants: Counter[str] = Counter()
+    for path in _tars(root):
+        try:
+            said = read_preamble(path)
+            variant = Variant.model_validate(said["variant"])
+            fingerprint = said["fingerprint"]
+            if said["series"] != path.parent.name or not isinstance(fingerprint, dict):
+                continue
+        except (OSError, ValueError, KeyError):
+            continue
+        variants[variant.model_dump_json()] += 1
+        votes.setdefault(path.parent.name, Counter())[canonical_json(fingerprint)] += 1
+    if not variants:
+        return None
+    series = {name: parse_object(votes[name].most_common(1)[0][0].encode()) for name in sorted(votes)}
+    variant = Variant.model_validate_json(variants.most_common(1)[0][0])
+    return Identity(model=ModelRecord(id="unknown", variant=variant), series=series)
+
+
+def _find_shards(seen: Survey) -> None:
+    named = seen.manifest.series if seen.manifest else {}
+    series = {*named, *(seen.identity.series if seen.identity else ())}
+    for name in sorted(series):
+        if not SERIES.fullmatch(name):
+            seen.add(MANIFEST_FILE, f"{name!r:.80} is not a name for a series")
+            continue
+        shards = seen.shards[name] = SeriesShards()
+        for record in named[name].shards if name in named else ():
+            match = _SHARD.fullmatch(record.name)
+            if match and match[1] == name:
+                shards.named[record.name] = record
+            else:
+                seen.add(MANIFEST_FILE, f"{record.name!r:.80} is not a name for a shard of {name}")
+        shards.found = _on_disk(seen.root / name, lost_indexes=seen.manifest is None)
+
+
+def _on_disk(folder: Path, *, lost_indexes: bool) -> list[str]:
+    """Names of committed shards, and of those that may have lost their index: a tar file and nothing else.
+
+    Where a manifest names the shards, a tar file that it does not name and that has no index is no part of the cache.
+    """
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {name.split(".")[0] for name in files if name.endswith((".index.jsonl", ".tar"))}
+    return [
+        name
+        for name in sorted(names)
+        if _belongs(folder / f"{name}.tar")
+        and (
+            f"{name}.index.jsonl" in files
+            or (
+                lost_indexes
+                and not {f"{name}.plan.json", f"{name}.index.part", f"{name}.index.damaged"} & files
+            )
+        )
+    ]
+
+
+def _read_tables(seen: Survey) -> None:
+    seen.samples = _table(seen, SAMPLES_FILE, SampleRecord)
+    seen.failures = _table(seen, FAILURES_FILE, FailureRecord)
+    manifest = seen.manifest
+    if manifest is None or VALIDATION_FILE in manifest.tables:
+        seen.validation = _table(seen, VALIDATION_FILE, ValidationRecord)
+    else:
+        seen.validation = []
+    if manifest is None and seen.identity is not None:
+        seen.samples = _proven(seen.samples, seen.identity)
+        fingerprint = seen.identity.series.get(TEXT, {})
+        rows = seen.validation or []
+        right = all(row.text == entry_key(fingerprint, caption=row.prompt) for row in rows)
+        seen.validation = rows if right else None
+
+
+def _table(seen: Survey, name: str, kind: type[R]) -> list[R] | None:
+    if seen.manifest is None:
+        return _loose_rows(seen.root / name, kind)
+    manifest = seen.manifest
+    try:
+        return read_table(seen.root, manifest, name, kind)
+    except CacheError as error:
+        seen.add(name, error.message.removeprefix(f"{seen.root / name} ").rstrip("."))
+        return None
+
+
+def _loose_rows(path: Path, kind: type[R]) -> list[R] | None:
+    """Rows of a table that nothing vouches for, None unless every one of them is spelt as a writer spells it."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+        rows = [kind.model_validate(parse_object(line)) for line in lines[:-1]]
+    except (OSError, ValidationError, ValueError):
+        return None
+    spelt = [canonical_json(row.model_dump(mode="json")).encode() for row in rows]
+    return rows if [*spelt, b""] == lines else None
+
+
+def _proven(rows: Sequence[SampleRecord] | None, identity: Identity) -> list[SampleRecord] | None:
+    """Rows whose ids and keys agree with what they say; None unless all do."""
+    if rows is None or [row.id for row in rows] != sorted({row.id for row in rows}):
+        return None
+    listed = Counter((row.source, row.window) for row in rows)
+    return list(rows) if all(_proves_itself(row, listed, identity) for row in rows) else None
+
+
+def _proves_itself(row: SampleRecord, listed: Counter[tuple[str, str]], identity: Identity) -> bool:
+    said = {"frames": row.frames, "size": f"{row.height}x{row.width}", "fps": row.fps or "source"}
+    made = identity.series.get(LATENTS, {})
+    if any(made.get(name, value) != value for name, value in said.items()):
+        return False
+    tries = min(_MOST_LISTED, listed[row.source, row.window] + 1000)
+    return row.text == entry_key(identity.series.get(TEXT, {}), caption=row.caption) and any(
+        row.id == digest([row.source, row.window, number])[:16] for number in range(tries)
+    )

@@ -1,0 +1,184 @@
+"""Verify finds what is wrong with a cache, and says where and whose it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import verify_kit
+from cache_kit import FakeOs, snapshot
+from verify_kit import CLIPS, IDENTITY, encode, flip, latent_key, make_entry, text_key
+
+from cogcache.cache.check import check_cache
+from cogcache.cache.format import LATENTS, TEXT, Entry
+from cogcache.cache.reader import CacheReader
+from cogcache.cache.writer import CacheWriter
+from cogcache.cli import run
+from cogcache.errors import CacheError
+
+
+def test_whole_cache_is_whole_and_untouched(root: Path) -> None:
+    before, times = snapshot(root), [path.stat().st_mtime_ns for path in sorted(root.rglob("*"))]
+    read: list[int] = []
+    report = check_cache(root, read.append).report
+    assert report.whole
+    assert not report.facts
+    assert report.counts["samples"] == CLIPS
+    assert report.counts["entries"] == len(CacheReader(root).keys(LATENTS)) + len(
+        CacheReader(root).keys(TEXT)
+    )
+    assert sum(read) == report.counts["bytes"] == sum(path.stat().st_size for path in root.rglob("*.tar"))
+    assert snapshot(root) == before
+    assert [path.stat().st_mtime_ns for path in sorted(root.rglob("*"))] == times
+
+
+def test_damaged_member_is_named_with_its_clip(root: Path) -> None:
+    shard = root / "latents" / "latents-00001.tar"
+    where = shard.read_bytes().index(latent_key(3).encode())
+    flip(shard, where + 512 + 300)
+    (damage,) = check_cache(root).report.damages
+    assert (damage.file, damage.shard) == ("latents/latents-00001.tar", "latents-00001")
+    assert (damage.key, damage.clips) == (latent_key(3), ("3.mp4",))
+
+
+def test_damaged_caption_is_of_every_clip_that_has_it(root: Path) -> None:
+    for shard in (root / "text").glob("*.tar"):
+        where = shard.read_bytes().find(text_key("caption 1").encode())
+        if where >= 0:
+            flip(shard, where + 512 + 300)
+    (damage,) = check_cache(root).report.damages
+    assert sorted(damage.clips) == ["2.mp4", "3.mp4"]
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "cache.json", "samples.jsonl", "failures.jsonl", "validation.jsonl"]
+)
+def test_lost_file_is_named(root: Path, name: str) -> None:
+    (root / name).unlink()
+    assert name in [damage.file for damage in check_cache(root).report.damages]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "index.jsonl"])
+def test_lost_shard_file_is_named(root: Path, suffix: str) -> None:
+    (root / "latents" / f"latents-00001.{suffix}").unlink()
+    damages = check_cache(root).report.damages
+    assert [damage.file for damage in damages] == [f"latents/latents-00001.{suffix}"]
+
+
+def test_shard_of_another_size(root: Path) -> None:
+    for change in (-1, 1, 5000):
+        shard = root / "latents" / "latents-00001.tar"
+        data = shard.read_bytes()
+        shard.write_bytes(data[:change] if change < 0 else data + bytes(change))
+        assert check_cache(root).report.damages
+        shard.write_bytes(data)
+    assert check_cache(root).report.whole
+
+
+def test_values_that_are_not_finite(tmp_path: Path, fast_disk: FakeOs) -> None:
+    assert fast_disk
+    encode(tmp_path / "cache", damaged=[latent_key(2)])
+    CacheReader(tmp_path / "cache").read(LATENTS, latent_key(2))  # its checksums are right
+    (damage,) = check_cache(tmp_path / "cache").report.damages
+    assert "not finite" in damage.what
+    assert damage.clips == ("2.mp4",)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [("shape", "shape"), ("dtype", "float16"), ("facts", "another key"), ("name", "tensors")],
+)
+def test_entry_of_another_form(
+    tmp_path: Path, fast_disk: FakeOs, change: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fast_disk
+
+    def other(series: str, key: str, facts: dict[str, object]) -> Entry:
+        entry = make_entry(series, key, facts)
+        tensor = entry.tensors[verify_kit.NAMES[series]]
+        if key != latent_key(2):
+            return entry
+        tensors = {
+            "moments": tensor[:, :2] if change == "shape" else tensor.half() if change == "dtype" else tensor
+        }
+        if change == "name":
+            tensors = {"momenta": tensor}
+        return Entry(key, tensors, {**facts, "sha256": "sha of 4"} if change == "facts" else facts)
+
+    monkeypatch.setattr(verify_kit, "make_entry", other)
+    encode(tmp_path / "cache")
+    (damage,) = check_cache(tmp_path / "cache").report.damages
+    assert said in damage.what
+    assert damage.key == latent_key(2)
+
+
+def test_strangers_and_unfinished_shards_are_no_damage(root: Path) -> None:
+    (root / "notes.txt").write_text("mine")
+    (root / "samples.jsonl.next").write_text("waiting")
+    writer = CacheWriter.open(root, IDENTITY)
+    writer.plan(TEXT, ["ab" * 16], 1)
+    report = check_cache(root).report
+    assert report.whole
+    assert len(report.facts) == 3
+    (root / "text" / "text-00002.plan.json").write_text("{}")
+    assert [damage.shard for damage in check_cache(root).report.damages] == ["text-00002"]
+
+
+def test_not_a_cache(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="not a cache"):
+        check_cache(tmp_path)
+
+
+def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", str(root)]) == 0
+    assert capsys.readouterr().out.endswith("MB read.\n")
+    shard = root / "latents" / "latents-00001.tar"
+    flip(shard, shard.read_bytes().index(latent_key(3).encode()) + 512 + 300)
+    assert run(["verify", str(root)]) == 5
+    told = capsys.readouterr()
+    assert "damaged  latents/latents-00001.tar: a member is cut" in told.out
+    assert f"(entry {latent_key(3)}) [3.mp4]" in told.out
+    assert "1 damage, listed above" in told.err
+    assert "--repair" in told.err
+    assert run(["verify", str(root), "--json"]) == 5
+    report = json.loads(capsys.readouterr().out)
+    assert [damage["key"] for damage in report["damages"]] == [latent_key(3)]
+    assert not report["whole"]
+    assert run(["verify", str(root), "--repair"]) == 3
+    assert "repaired latents-00001 was damaged: 1 good entries were kept" in capsys.readouterr().out
+    assert run(["verify", str(root), "--repair", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["whole"]
+    encode(root)
+    (root / "manifest.json").unlink()
+    assert run(["verify", str(root), "--repair"]) == 0
+    assert "the journal proves it" in capsys.readouterr().out
+    assert run(["verify", str(root / "nothing")]) == 2
+
+
+def flips(root: Path, count: int, seed: int) -> None:
+    """Every single-bit flip in any file that the specification names is found."""
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".tar", ".json", ".jsonl"))
+    assert {path.name for path in files} > {"cache.json", "manifest.json", "journal.jsonl", "samples.jsonl"}
+    dice = random.Random(seed)
+    for number in range(count):
+        path = files[number % len(files)]
+        data = path.read_bytes()
+        byte, bit = dice.randrange(len(data)), dice.randrange(8)
+        flip(path, byte, bit)
+        damages = check_cache(root).report.damages
+        assert path.relative_to(root).as_posix() in {damage.file for damage in damages}, (path, byte, bit)
+        path.write_bytes(data)
+    assert check_cache(root).report.whole
+
+
+def test_sixty_bit_flips(root: Path) -> None:
+    flips(root, 60, seed=1)
+
+
+@pytest.mark.slow
+def test_thousand_bit_flips(root: Path) -> None:
+    """Run by: pytest -m slow tests/cache/test_verify.py."""
+    flips(root, int(os.environ.get("COGCACHE_FLIPS", "1000")), seed=2)

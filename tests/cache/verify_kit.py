@@ -1,0 +1,113 @@
+"""A small cache whose entries are what their series says, as encode writes it, without any model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from cache_kit import VARIANT
+
+from cogcache.cache.format import (
+    LATENTS,
+    TEXT,
+    Entry,
+    FailureRecord,
+    Identity,
+    ModelRecord,
+    SampleRecord,
+    ValidationRecord,
+    digest,
+    entry_key,
+)
+from cogcache.cache.writer import CacheWriter
+
+CLIPS = 6
+LATENT_PRINT: dict[str, Any] = {"vae_dtype": "bfloat16", "frames": 9, "size": "32x48", "fps": 8.0}
+TEXT_PRINT: dict[str, Any] = {"text_dtype": "float32", "text_length": 8}
+IDENTITY = Identity(
+    model=ModelRecord(id="some/model", variant=VARIANT), series={LATENTS: LATENT_PRINT, TEXT: TEXT_PRINT}
+)
+SHAPES = {LATENTS: (8, 3, 4, 6), TEXT: (8, 8)}
+NAMES = {LATENTS: "moments", TEXT: "prompt_embeds"}
+DTYPES = {LATENTS: torch.bfloat16, TEXT: torch.float32}
+
+
+def caption(clip: int) -> str:
+    return f"caption {clip // 2}"
+
+
+def latent_key(clip: int) -> str:
+    return entry_key(LATENT_PRINT, source=f"sha of {clip}", window="start")
+
+
+def text_key(words: str) -> str:
+    return entry_key(TEXT_PRINT, caption=words)
+
+
+def facts_by_key() -> dict[str, dict[str, dict[str, Any]]]:
+    """Series -> key -> facts of all entries of the cache, in the order of the plan."""
+    captions = ["", *dict.fromkeys(caption(clip) for clip in range(CLIPS)), "a prompt"]
+    return {
+        LATENTS: {
+            latent_key(clip): {"source": f"{clip}.mp4", "sha256": f"sha of {clip}", "window": "start"}
+            for clip in range(CLIPS)
+        },
+        TEXT: {text_key(words): {"caption": words} for words in captions},
+    }
+
+
+def make_entry(series: str, key: str, facts: dict[str, Any]) -> Entry:
+    random = torch.Generator().manual_seed(int(key[:8], 16))
+    tensor = torch.randn(SHAPES[series], generator=random).to(DTYPES[series])
+    return Entry(key, {NAMES[series]: tensor}, facts)
+
+
+def sample(clip: int) -> SampleRecord:
+    source = f"{clip}.mp4"
+    return SampleRecord(
+        id=digest([source, "start", 0])[:16],
+        source=source,
+        window="start",
+        caption=caption(clip),
+        frames=9,
+        height=32,
+        width=48,
+        fps=8.0,
+        latents=latent_key(clip),
+        text=text_key(caption(clip)),
+    )
+
+
+def encode(root: Path, damaged: Collection[str] = ()) -> list[str]:
+    """A whole run of encode; gives the keys that it had to make. ``damaged``: keys to write with a wrong value."""
+    made = []
+    writer = CacheWriter.open(root, IDENTITY)
+    for series, per_shard in ((LATENTS, 2), (TEXT, 3)):
+        facts = facts_by_key()[series]
+        writer.plan(series, list(facts), per_shard)
+        for job in writer.jobs(series, facts):
+            with job:
+                for key in job.remaining:
+                    entry = make_entry(series, key, facts[key])
+                    if key in damaged:
+                        entry.tensors[NAMES[series]].view(-1)[3] = float("nan")
+                    job.append(entry)
+                    made.append(key)
+                job.finish()
+    lost = FailureRecord(id="lost", source="lost.mp4", window="start", reason="cannot be decoded")
+    if not (root / "manifest.json").exists():
+        writer.journal.add(
+            "failed", series=LATENTS, shard="latents-00009", key="0" * 32, source="lost.mp4", reason="x"
+        )
+    prompts = [ValidationRecord(prompt="a prompt", text=text_key("a prompt"))]
+    writer.commit([sample(clip) for clip in range(CLIPS)], [lost], text_key(""), prompts)
+    return made
+
+
+def flip(path: Path, byte: int, bit: int = 0) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
