@@ -75,9 +75,15 @@ def _download(model: str, components: Sequence[Component]) -> Path:
 
 @contextmanager
 def loading(part: str, root: Path) -> Iterator[None]:
-    """Within this, whatever the model libraries raise over damaged files becomes a :class:`ModelError`."""
+    """Within this, whatever the model libraries raise over damaged files becomes a :class:`ModelError`.
+
+    Their progress bars stay off the screen.
+    """
+    from cogcache.quiet import quiet_libraries
+
     try:
-        yield
+        with quiet_libraries():
+            yield
     except (
         Exception
     ) as error:  # OSError, ValueError, KeyError, SafetensorError...: all mean the same to the user

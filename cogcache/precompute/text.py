@@ -41,9 +41,7 @@ class FrozenText:
 
     def __init__(self, root: Path, dtype: str, length: int, device: torch.device) -> None:
         from transformers import AutoTokenizer, T5EncoderModel
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
         with loading("text encoder", root):
             self._tokenizer = AutoTokenizer.from_pretrained(
                 root / "tokenizer", local_files_only=True, trust_remote_code=False

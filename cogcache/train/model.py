@@ -13,7 +13,7 @@ from cogcache.config import TrainConfig
 from cogcache.draws import generator
 from cogcache.errors import CheckpointError, ConfigError, ModelError
 from cogcache.lora import Provenance, save_lora
-from cogcache.models import torch_dtype
+from cogcache.models import loading, torch_dtype
 from cogcache.train.adapter import load_init_lora, peft_config
 from cogcache.variants import weights_dtype
 
@@ -54,7 +54,7 @@ def load_transformer(root: Path, dtype: torch.dtype, *, gradient_checkpointing: 
     """
     from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 
-    try:
+    with loading("transformer", root):
         transformer = CogVideoXTransformer3DModel.from_pretrained(
             root,
             subfolder="transformer",
@@ -63,11 +63,6 @@ def load_transformer(root: Path, dtype: torch.dtype, *, gradient_checkpointing: 
             local_files_only=True,
             use_safetensors=True,
         )
-    except (
-        Exception
-    ) as error:  # OSError, ValueError, RuntimeError, SafetensorError: all mean the same to the user
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the transformer in {root} cannot be loaded: {reason}") from error
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # the non-reentrant kind
     return transformer.requires_grad_(False).train()  # type: ignore[no-any-return]
