@@ -56,6 +56,9 @@ def test_sample_videos_are_those_of_infer_with_the_checkpoint(
 
     with_lora, without = generate("with", run.weights), generate("without", None)
     for ours, theirs, base in zip(shown, with_lora, without, strict=True):
-        assert np.abs(ours.astype(float) - theirs).mean() < 1
-        assert np.abs(ours.astype(float) - base).mean() > 5
+        lora_matters = np.abs(ours.astype(float) - base).mean()
+        assert lora_matters > 8
+        assert (
+            np.abs(ours.astype(float) - theirs).mean() < lora_matters / 4
+        )  # what x264 makes of equal pictures
     assert np.abs(shown[0].astype(float) - shown[1]).mean() > 5

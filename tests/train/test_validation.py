@@ -59,10 +59,12 @@ def videos(output: Path, steps: str = "*") -> dict[str, Any]:
 
 
 def assert_same_videos(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Equal frames were written. x264 encodes pictures as small as these not always to the same bytes."""
+    """Equal frames were written. x264 does not always encode pictures as small as these to the same bytes; videos of
+    two prompts differ by 40.
+    """
     assert first.keys() == second.keys()
     for name, frames in first.items():
-        assert np.abs(frames - second[name]).mean() < 1, name
+        assert np.abs(frames - second[name]).mean() < 4, name
 
 
 def test_timesteps_are_spread_evenly() -> None:
