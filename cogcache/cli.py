@@ -195,6 +195,18 @@ def _verify(
         typer.Option("--repair", help="Drop what is damaged, so that the next encode remakes just that."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    decode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Also encode this share (1%) or number of clips again from their videos and compare, and decode "
+            "what is stored. Needs the model and the videos.",
+        ),
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder of the videos. Default: the one that encode was given.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="For --decode: auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Check every byte of a cache.
 
@@ -206,7 +218,15 @@ def _verify(
     """
     from cogcache.cache.verify import verify
 
-    verify(shards, repair=repair, as_json=as_json)
+    again = None
+    if decode is not None:
+        from functools import partial
+
+        from cogcache.precompute.redo import decode_again, parse_share
+
+        parse_share(decode)
+        again = partial(decode_again, root=shards, share=decode, data_root=data_root, device=device)
+    verify(shards, repair=repair, as_json=as_json, decode=again)
 
 
 @app.command("demo")

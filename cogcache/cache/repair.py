@@ -77,6 +77,7 @@ def repair_cache(
         series: SeriesFolder(root, series, identity.model.variant, fingerprint)
         for series, fingerprint in identity.series.items()
     }
+    _condemn(checked)
     with cache_lock(root):
         _refuse_busy(root, folders)
         _drop_plans(checked, folders, result)
@@ -112,6 +113,19 @@ def _mend_identity(checked: Checked, model_id: str | None, result: Repaired) -> 
         source = MANIFEST_FILE if seen.manifest else "the first member of the shards"
         result.done.append(f"cache.json was rebuilt from {source}")
     return identity
+
+
+def _condemn(checked: Checked) -> None:
+    """Entries whose checksums are right, but that were found to be wrong otherwise, are not good."""
+    wrong = {
+        (damage.file, damage.key) for damage in checked.report.damages if damage.key and not damage.shard
+    }
+    for finding in checked.findings:
+        bad = [record for record in finding.good if (finding.series, record.key) in wrong]
+        for record in bad:
+            finding.good.remove(record)
+            finding.tar_whole = False
+            finding.add("tar", "it is not what its key says", record.key)
 
 
 def _refuse_busy(root: Path, folders: dict[str, SeriesFolder]) -> None:
