@@ -229,6 +229,33 @@ def _verify(
     verify(shards, repair=repair, as_json=as_json, decode=again)
 
 
+@app.command("inspect")
+def _inspect(
+    shards: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write a gallery of all clips: one HTML file.")
+    ] = None,
+    latents: Annotated[
+        bool | None,
+        typer.Option(
+            "--latents/--no-latents",
+            help="Read every latent for mean, spread, outliers and pictures. Default: with --html only.",
+        ),
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder of the videos, for pictures. Default: the one encoded from.")
+    ] = None,
+) -> None:
+    """Tell what a cache holds: a table, JSON, or a gallery in one HTML file. Changes nothing.
+
+    Example:  cogcache inspect shards/clips --html clips.html
+    """
+    from cogcache.inspect import inspect_shards
+
+    inspect_shards(shards, as_json=as_json, html=html, latents=latents, data_root=data_root)
+
+
 @app.command("demo")
 def _demo(
     output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("runs/demo"),

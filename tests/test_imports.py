@@ -12,7 +12,7 @@ import pytest
 import cogcache
 
 PACKAGE = Path(cogcache.__file__).parent
-STAGES = ("precompute", "train", "infer")
+STAGES = ("precompute", "train", "infer", "inspect")
 TOP = ("cli", "demo", "__main__")
 
 
