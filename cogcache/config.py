@@ -153,6 +153,11 @@ class EncodeConfig(CommandConfig):
         "the same line.",
         panel=_VALIDATION,
     )
+    dry_run: bool = setting(
+        False,
+        "Only tell what would be done and why, clip by clip; load no model, change nothing.",
+        panel=_RUN,
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.", panel=_RUN)
     workers: int = setting(2, "Threads that decode video ahead of the encoder.", panel=_RUN, ge=1)
     shard_size: float = setting(256.0, "Size at which a shard is full, in MB.", panel=_CACHE, gt=0)

@@ -23,6 +23,7 @@ from cogcache.errors import PartialFailureError
 from cogcache.models import torch_dtype
 from cogcache.precompute.clips import ClipWork, plan_clips, text_key
 from cogcache.precompute.datasets import find_clips
+from cogcache.precompute.dry_run import plan_run, tell_plan
 from cogcache.precompute.pieces import image_pieces, latent_piece, validation_pieces
 from cogcache.precompute.settings import EncodeSettings, decide
 from cogcache.precompute.stages import Tally, encode_pieces, encode_text
@@ -58,6 +59,8 @@ def encode(config: EncodeConfig) -> EncodeResult:
         CogcacheError: on bad input; nothing committed is ever lost.
     """
     result = encode_all(config)
+    if config.dry_run:
+        return result
     _summary(result)
     if result.failures:
         raise PartialFailureError(
@@ -68,7 +71,12 @@ def encode(config: EncodeConfig) -> EncodeResult:
 
 
 def encode_all(config: EncodeConfig) -> EncodeResult:
-    """Encode all that is missing and commit; clips that failed are in the result."""
+    """Encode all that is missing and commit; clips that failed are in the result. A dry run only tells its plan."""
+    if config.dry_run:
+        plan = plan_run(config)
+        tell_plan(plan, config)
+        shards = config.shards or Path("shards") / config.data_root.resolve().name
+        return EncodeResult(shards, None, plan.unchanged + len(plan.changes), 0, 0, [])
     items = find_clips(config.data_root, config.dataset, config.allow_outside)
     settings = decide(config)
     clips = plan_clips(items, settings)
