@@ -244,4 +244,5 @@ def weights_dtype(folder: Path) -> str:
         raise ModelError(f"{files[0]} is not a safetensors file: {error}") from None
     if not found:
         raise ModelError(f"{files[0]} holds no floating tensors.")
-    return min(found, key=lambda name: ("bfloat16", "float16", "float32", "float64").index(name or ""))  # type: ignore[return-value]
+    # A few tensors kept in a wider dtype do not make it the model's.
+    return next(name for name in ("bfloat16", "float16", "float32", "float64") if name in found)
