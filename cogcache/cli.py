@@ -256,6 +256,44 @@ def _inspect(
     inspect_shards(shards, as_json=as_json, html=html, latents=latents, data_root=data_root)
 
 
+@app.command("export")
+def _export(
+    shards: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the new cache.")],
+    query: Annotated[str, typer.Option(help="Words that caption or file name must all hold.")] = "",
+    bucket: Annotated[
+        str, typer.Option(metavar="FxHxW", help="Only clips of this many frames and this size.")
+    ] = "",
+    names: Annotated[
+        Path | None, typer.Option("--list", metavar="FILE", help="Only these sources or ids, one a line.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many clips.")] = None,
+) -> None:
+    """Write some of a cache's clips as a cache of its own. Nothing is encoded again.
+
+    Example:  cogcache export shards/clips shards/rabbits --query rabbit
+    """
+    from cogcache.cache.transfer import export_shards
+
+    manifest = export_shards(shards, out, query=query, bucket=bucket, names=names, limit=limit)
+    typer.echo(f"Wrote {out}: {manifest.tables['samples.jsonl'].rows} clips")
+
+
+@app.command("merge")
+def _merge(
+    out: Annotated[Path, typer.Argument(help="Folder of the new cache.")],
+    shards: Annotated[list[Path], typer.Argument(help="Folders of the caches to join.")],
+) -> None:
+    """Join caches that were made with the same settings. Nothing is encoded again.
+
+    Example:  cogcache merge shards/all shards/monday shards/tuesday
+    """
+    from cogcache.cache.transfer import merge_shards
+
+    manifest = merge_shards(out, shards)
+    typer.echo(f"Wrote {out}: {manifest.tables['samples.jsonl'].rows} clips")
+
+
 @app.command("demo")
 def _demo(
     output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("runs/demo"),

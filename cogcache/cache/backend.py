@@ -28,6 +28,9 @@ class ShardWriter(Protocol):
     def append(self, entry: Entry) -> None:
         """Add an entry; durable on return."""
 
+    def copy(self, key: str, contents: tuple[bytes, bytes]) -> None:
+        """:meth:`append` for an entry as it is stored: the bytes of its tensors and of its facts."""
+
     def seal(self) -> None:
         """Do the slow part of finishing: all bytes of the shard durable, nothing committed yet."""
 

@@ -56,17 +56,24 @@ class ShardJob:
             ValueError: if its key is not among those remaining, or out of their order.
             StorageError: if it cannot be written; the job is then of no more use, its entries stay.
         """
+        self._add(entry.key, lambda: self._shard.append(entry))
+
+    def copy(self, key: str, contents: tuple[bytes, bytes]) -> None:
+        """:meth:`append` for an entry as :meth:`CacheReader.contents` gave it, byte for byte."""
+        self._add(key, lambda: self._shard.copy(key, contents))
+
+    def _add(self, key: str, write: Callable[[], None]) -> None:
         with self._turn:
             try:
-                place = self.remaining.index(entry.key, self._next)
+                place = self.remaining.index(key, self._next)
             except ValueError:
-                raise ValueError(f"{entry.key} is not the turn of shard {self.name}") from None
+                raise ValueError(f"{key} is not the turn of shard {self.name}") from None
             self._check_usable()
             self._broken = True
-            self._shard.append(entry)
+            write()
             self._broken = False
             self._next = place + 1
-            self._settled.add(entry.key)
+            self._settled.add(key)
 
     def fail(self, key: str, source: str, reason: str) -> None:
         """Record in the journal why an entry cannot be made; it is planned anew in the next run."""
