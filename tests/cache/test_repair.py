@@ -68,6 +68,9 @@ def test_damaged_entry_is_dropped_and_made_again(root: Path, finished: Path) -> 
 def test_changed_header_loses_nothing(root: Path, finished: Path) -> None:
     shard = root / "latents" / "latents-00001.tar"
     flip(shard, shard.read_bytes().index(latent_key(3).encode()) + 150)  # in the checksum of a tar header
+    (damage,) = check_cache(root).report.damages
+    assert "header" in damage.what
+    assert damage.key == latent_key(3)
     repair(root)
     assert check_cache(root).report.whole
     assert encode(root) == []
@@ -140,6 +143,23 @@ def test_tar_without_index_and_manifest_is_walked_with_care(root: Path) -> None:
     assert encode(root) == [latent_key(3)]
 
 
+def test_what_was_made_again_is_not_taken_twice(root: Path, finished: Path) -> None:
+    (root / "latents" / "latents-00001.index.jsonl").unlink()
+    (root / "manifest.json").unlink()
+    assert encode(root) == [latent_key(2), latent_key(3)]
+    report = check_cache(root).report
+    assert report.whole
+    assert report.facts == [
+        "latents/latents-00001.tar has no index, so it is no part of the cache; it can be deleted"
+    ]
+    (root / "manifest.json").unlink()
+    repair(root)
+    assert check_cache(root).report.whole
+    assert not check_cache(root).report.facts
+    assert encode(root) == []
+    assert entries(root) == entries(finished)
+
+
 def test_journal_is_cleaned(root: Path) -> None:
     flip(root / "journal.jsonl", 40)
     lines = (root / "journal.jsonl").read_bytes().count(b"\n")
@@ -199,6 +219,6 @@ def test_stopped_anywhere(
         assert check_cache(cut).report.whole
         assert entries(cut) == wanted
         assert CacheReader(cut).keys(TEXT)
-        step += 1
+        step += 3  # odd, so that both ways of going on meet steps of all kinds
     assert step > 20
     assert len(facts_by_key()[LATENTS]) == CLIPS

@@ -21,6 +21,26 @@ from cogcache.precompute.redo import TOLERANCES, latent_error, parse_share, pick
 from cogcache.precompute.vae import FrozenVae
 
 
+def test_image_to_video_cache_is_whole(
+    settings: Callable[..., EncodeConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every entry that encode writes is what verify expects, the image bank too; lost files come back."""
+    config = settings("5b-i2v", size=None, frames=None, short="pad", fps="native", image_draws=2)
+    encode_all(config)
+    assert config.shards
+    before = {
+        path: path.read_bytes()
+        for path in config.shards.rglob("*")
+        if path.is_file() and path.name != "journal.jsonl"
+    }
+    assert run(["verify", str(config.shards)]) == 0
+    for name in ("cache.json", "manifest.json", "images/images-00000.index.jsonl"):
+        (config.shards / name).unlink()
+    assert run(["verify", str(config.shards), "--repair"]) == 0
+    assert "the journal proves it" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_right_latents(
     settings: Callable[..., EncodeConfig], capsys: pytest.CaptureFixture[str], dtype: str
@@ -29,9 +49,9 @@ def test_right_latents(
     encode_all(config)
     assert config.shards
     capsys.readouterr()
-    assert run(["verify", str(config.shards), "--decode", "100%", "--device", "cpu", "--json"]) == 0
+    assert run(["verify", str(config.shards), "--decode", "25%", "--device", "cpu", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert sorted(row["source"] for row in report["decoded"]) == [f"{n}.mp4" for n in range(8)]
+    assert len({row["source"] for row in report["decoded"]}) == 2
     assert all(row["latent_error"] < TOLERANCES[dtype] / 10 for row in report["decoded"])
     assert all(3 < row["psnr_db"] < 60 for row in report["decoded"])
     reader = CacheReader(config.shards)
@@ -65,7 +85,8 @@ def test_entry_of_another_clip(
     monkeypatch.undo()
     assert run(["verify", str(config.shards), "--decode", "8", "--device", "cpu", "--repair"]) == 3
     assert encode_all(config).encoded == 1
-    assert run(["verify", str(config.shards), "--decode", "8", "--device", "cpu"]) == 0
+    mended = CacheReader(config.shards).read(LATENTS, held[2].key).tensors["moments"]
+    assert torch.equal(mended, held[2].tensors["moments"])
 
 
 def test_wrong_encoder(
