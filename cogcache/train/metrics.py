@@ -17,6 +17,7 @@ from cogcache.errors import ConfigError
 
 __all__ = [
     "METRICS_FILE",
+    "WANDB_RUN_FILE",
     "MetricsFile",
     "SampledVideo",
     "TensorBoard",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_RUN_FILE = "wandb-run.txt"
 
 
 @dataclass(frozen=True)
@@ -173,12 +175,36 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Scalars to a Weights & Biases run; its environment variables choose project and mode."""
+    """Scalars and videos to a Weights & Biases run; its environment variables choose project and mode.
+
+    The run's id is kept in ``folder``, and a resumed training goes on with that run. W&B takes no step twice: of steps
+    that a kill made a training repeat it keeps the first values, which are the same.
+
+    Raises:
+        ConfigError: if the run cannot be opened, for example without an API key.
+    """
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
         import wandb
 
-        self._run = wandb.init(dir=str(folder), name=folder.name, config=config.model_dump(mode="json"))
+        known = folder / WANDB_RUN_FILE
+        with storage_errors(known):
+            run_id = known.read_text("utf-8").strip() if config.resume and known.exists() else None
+        try:
+            self._run = wandb.init(
+                dir=str(folder),
+                name=folder.name,
+                config=config.model_dump(mode="json"),
+                id=run_id,
+                resume="allow",
+                allow_val_change=True,
+            )
+        except Exception as error:  # wandb's own kinds differ between its versions
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"--report-to wandb: {reason}", "Run wandb login, or set WANDB_MODE=offline."
+            ) from error
+        write_atomic(known, f"{self._run.id}\n".encode())
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """See :class:`Tracker`."""
