@@ -66,6 +66,14 @@ class Variant(BaseModel):
         return 8 if self.patch_size_t is None else 16
 
     @property
+    def trained_in_float16(self) -> bool:
+        """Whether its activations stay in float16's range: true of 2B, the one family without rotary positions.
+
+        All others were trained in bfloat16 (CogVideoX model cards).
+        """
+        return self.positions == "sincos"
+
+    @property
     def size_multiple(self) -> int:
         """Height and width in pixels must be multiples of this."""
         return self.spatial_factor * self.patch_size

@@ -11,6 +11,7 @@ from PIL import Image
 from cogcache.demo import run_demo
 from cogcache.demo.run import CLIPS
 from cogcache.errors import ConfigError
+from cogcache.tiny import Family
 
 
 def stamps(root: Path) -> dict[str, tuple[int, int]]:
@@ -42,6 +43,13 @@ def test_demo_takes_eight_clips_all_the_way(tmp_path: Path, capsys: pytest.Captu
     assert after.keys() == before.keys()
     with pytest.raises(ConfigError, match="holds a demo of family 5b"):
         run_demo(output, "2b", 3)
+
+
+@pytest.mark.parametrize("family", ["2b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])
+def test_demo_runs_for_every_family(tmp_path: Path, family: Family) -> None:
+    made = run_demo(tmp_path / "demo", family, 1).made
+    assert all(path.exists() for path in made.values())
+    assert (tmp_path / "demo" / "first-frame.png").exists() == family.endswith("i2v")
 
 
 def test_clips_come_with_captions_and_attribution() -> None:

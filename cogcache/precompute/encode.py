@@ -84,8 +84,7 @@ def encode_all(config: EncodeConfig) -> EncodeResult:
     if config.remake_images:
         drop_series(settings.shards, IMAGES, settings.identity())
     writer = CacheWriter.open(settings.shards, settings.identity())
-    again = config.model_copy(update={"remake_images": False})  # done once, not each time the file is used
-    save_config(again, settings.shards / "encode.config.yaml")
+    save_config(settings.effective(), settings.shards / "encode.config.yaml")
     latents, images = _pictures(writer, clips, prompts, settings)
     captions = _text(writer, clips, prompts, settings)
     manifest, failures = _commit(writer, clips, prompts, settings)

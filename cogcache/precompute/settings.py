@@ -41,6 +41,26 @@ class EncodeSettings:
     text_dtype: str
     tiled: bool
 
+    def effective(self) -> EncodeConfig:
+        """The settings with everything decided filled in: run with them again, the same is made.
+
+        Image conditions are remade once, not each time these are used.
+        """
+        return self.config.model_copy(
+            update={
+                "data_root": self.config.data_root.resolve(),
+                "model": self._model_id(),
+                "shards": self.shards.resolve(),
+                "frames": self.frames,
+                "size": str(self.size),
+                "fps": "source" if self.fps is None else repr(self.fps).removesuffix(".0"),
+                "vae_dtype": self.vae_dtype,
+                "text_dtype": self.text_dtype,
+                "tiling": "on" if self.tiled else "off",
+                "remake_images": False,
+            }
+        )
+
     def identity(self) -> Identity:
         """What the cache folder is bound to."""
         series = {LATENTS: self.latents_fingerprint(), TEXT: self.text_fingerprint()}

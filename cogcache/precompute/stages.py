@@ -14,13 +14,14 @@ from typing import Any, Generic, TypeVar
 
 from cogcache.cache.format import TEXT, Entry
 from cogcache.cache.writer import CacheWriter, ShardJob
-from cogcache.errors import VideoError
+from cogcache.errors import ModelError, VideoError
 from cogcache.precompute.text import FrozenText
 from cogcache.progress import Progress
 
 __all__ = ["Piece", "Tally", "encode_pieces", "encode_text"]
 
 _WRITES_BEHIND = 4
+_NOT_FINITE = "the text encoder gave values that are not finite; try --text-dtype float32"
 
 Model = TypeVar("Model")
 Raw = TypeVar("Raw")
@@ -197,10 +198,12 @@ def encode_text(
             for batch in _batches(job.planned, batch_size):
                 missing = [key for key in batch if key in job.remaining]
                 if missing:
-                    _encode_batch(job, encoder(), [captions.get(key, "") for key in batch], batch, missing)
-                    tally.encoded += len(missing)
+                    texts = [captions.get(key, "") for key in batch]
+                    failed = _encode_batch(job, encoder(), texts, batch, missing)
+                    tally.failed += failed
+                    tally.encoded += len(missing) - failed
                     if progress:
-                        progress.advance(len(missing))
+                        progress.advance(len(missing), failed=tally.failed)
             job.finish()
     return tally
 
@@ -215,8 +218,22 @@ def _encode_batch(
     captions: Sequence[str],
     keys: Sequence[str],
     missing: Sequence[str],
-) -> None:
+) -> int:
+    """Encode a batch and append what is missing; how many of those are of no use.
+
+    Raises:
+        ModelError: if even the empty caption is: then no training could use the cache.
+    """
     embeddings = encoder.encode(captions)
+    failed = 0
     for key, caption, embedding in zip(keys, captions, embeddings, strict=True):
-        if key in missing:
+        if key not in missing:
+            continue
+        if embedding.isfinite().all():
             job.append(Entry(key, {"prompt_embeds": embedding.clone()}, {"caption": caption}))
+        elif caption:
+            job.fail(key, caption[:200], _NOT_FINITE)
+            failed += 1
+        else:
+            raise ModelError(f"{_NOT_FINITE.partition(';')[0]}.", "Try --text-dtype float32.")
+    return failed

@@ -15,7 +15,7 @@ from cogcache.errors import CheckpointError, ConfigError, ModelError
 from cogcache.lora import Provenance, save_lora
 from cogcache.models import loading, torch_dtype
 from cogcache.train.adapter import load_init_lora, peft_config
-from cogcache.variants import weights_dtype
+from cogcache.variants import Variant, weights_dtype
 
 __all__ = [
     "add_lora",
@@ -29,19 +29,19 @@ __all__ = [
 ]
 
 
-def base_dtype(root: Path, choice: str) -> torch.dtype:
+def base_dtype(root: Path, choice: str, variant: Variant) -> torch.dtype:
     """The dtype the frozen transformer runs in.
 
     Raises:
-        ConfigError: if float16 is asked for a model whose weights are not float16: such models were
-            trained in bfloat16, whose range is far wider, and their activations overflow float16.
+        ConfigError: if that would be float16 for a model that was not trained in it: bfloat16's range is far
+            wider, and activations of such models overflow float16.
     """
     native = weights_dtype(root / "transformer")
     name = native if choice == "auto" else choice
-    if name == "float16" and native != "float16":
+    if name == "float16" and not variant.trained_in_float16:
         raise ConfigError(
-            f"this model's weights are {native}; its activations can exceed what float16 holds (65504).",
-            "Use --dtype auto, bfloat16 or float32.",
+            "this model was trained in bfloat16; its activations can exceed what float16 holds (65504).",
+            "Use --dtype bfloat16 or float32.",
         )
     return torch_dtype(name)
 

@@ -43,7 +43,8 @@ FREE_FIELDS = frozenset(
 )  # fmt: skip
 """Settings that may differ when a run goes on.
 
-Shards are compared by content, batch sizes by their product, what is held out by the clips.
+Shards are compared by content, batch sizes by their product, what is held out by the clips; ``steps`` where the
+learning rate depends on them.
 """
 
 
@@ -106,6 +107,8 @@ def run_record(
     settings = config.model_dump(mode="json", exclude=set(FREE_FIELDS))
     if config.init_lora is not None:
         settings["init_lora"] = file_sha256(read_lora_header(config.init_lora).file)
+    if config.lr_scheduler != "constant":
+        settings["steps"] = config.steps  # the schedule ends there, so every learning rate depends on it
     return {
         **settings,
         "global_batch": config.batch_size * config.grad_accum * processes,

@@ -17,7 +17,14 @@ from cogcache.train.holdout import split_holdout
 from cogcache.train.loop import Trainer
 from cogcache.train.metrics import check_trackers
 from cogcache.train.model import base_dtype, load_scheduler, load_transformer
-from cogcache.train.run import check_resume, claim_output, provenance_of, resolve_base, run_record
+from cogcache.train.run import (
+    check_resume,
+    claim_output,
+    output_folder,
+    provenance_of,
+    resolve_base,
+    run_record,
+)
 from cogcache.train.tuning import tuning_for
 from cogcache.train.validation import Validator, VideoShape, check_validation, wants_videos
 
@@ -60,7 +67,14 @@ def train(config: TrainConfig) -> TrainResult:
     root, model_id, variant = resolve_base(config, reader.manifest, decoder=wants_videos(config, reader))
     config = continue_from(config, variant, root, model_id)
     samples = Samples(reader, variant, config, training)
-    dtype = base_dtype(root, config.dtype)
+    dtype = base_dtype(root, config.dtype, variant)
+    config = config.model_copy(
+        update={
+            "model": model_id,
+            "output": output_folder(config),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+    )
     accelerator = open_accelerator(config)
     run = run_record(config, reader.manifest, accelerator.num_processes, held_out)
     output, checkpoint = claim_output(config)
@@ -103,7 +117,7 @@ def train(config: TrainConfig) -> TrainResult:
         trainer.restore(checkpoint)
     if accelerator.is_main_process:
         _announce(config, output, checkpoint)
-        save_config(config.model_copy(update={"output": output}), output / "config.yaml")
+        save_config(config, output / "config.yaml")
     loss = trainer.train()
     if accelerator.is_main_process:
         tuning.write_result(output, transformer)

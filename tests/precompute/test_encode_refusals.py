@@ -16,6 +16,7 @@ from cogcache.config import EncodeConfig
 from cogcache.config_io import load_config
 from cogcache.errors import DamagedCacheError
 from cogcache.precompute import encode_all
+from cogcache.precompute.settings import decide
 from cogcache.tiny import Family
 
 Encode = Callable[..., tuple[int, str]]
@@ -315,5 +316,9 @@ def test_settings_are_saved_and_load_back(
     config = settings(data_root=finished / "clips", workers=1)
     encode_all(config)
     saved = tmp_path / "shards" / "encode.config.yaml"
-    assert load_config(EncodeConfig, {}, saved) == config
+    again = load_config(EncodeConfig, {}, saved)
+    assert again == decide(config).effective() == decide(again).effective()
+    assert (again.frames, again.size, again.fps, again.tiling) == (config.frames, config.size, config.fps, "off")
+    assert again.data_root.is_absolute()
+    assert "auto" not in (again.vae_dtype, again.text_dtype)
     assert run(["encode", f"--config={saved}"]) == 0

@@ -21,6 +21,7 @@ from cogcache.train.model import (
     lora_state,
     trainable,
 )
+from cogcache.variants import read_variant
 
 Models = Callable[[Family], Path]
 Settings = Callable[..., TrainConfig]
@@ -77,26 +78,31 @@ def test_target_modules_that_match_nothing_are_named(tiny_models: Models, settin
 
 
 @pytest.mark.parametrize(
-    ("native", "choice", "expected"),
+    ("family", "native", "choice", "expected"),
     [
-        ("float16", "auto", torch.float16),
-        ("bfloat16", "auto", torch.bfloat16),
-        ("float32", "auto", torch.float32),
-        ("bfloat16", "float32", torch.float32),
-        ("float16", "bfloat16", torch.bfloat16),
-        ("bfloat16", "float16", None),
-        ("float32", "float16", None),
+        ("2b", "float16", "auto", torch.float16),
+        ("2b", "bfloat16", "auto", torch.bfloat16),
+        ("2b", "bfloat16", "float32", torch.float32),
+        ("2b", "float32", "float16", torch.float16),
+        ("5b", "float32", "auto", torch.float32),
+        ("5b", "float16", "bfloat16", torch.bfloat16),
+        ("5b", "float16", "auto", None),
+        ("5b", "bfloat16", "float16", None),
+        ("5b-i2v", "float32", "float16", None),
+        ("1.5-5b", "bfloat16", "float16", None),
+        ("1.5-5b-i2v", "float16", "float16", None),
     ],
 )
-def test_float16_only_where_the_weights_are(
-    tmp_path: Path, native: str, choice: str, expected: torch.dtype | None
+def test_float16_is_for_2b_alone(
+    tmp_path: Path, family: Family, native: str, choice: str, expected: torch.dtype | None
 ) -> None:
-    root = build_tiny_model(tmp_path / "model", "2b", dtype=native)  # type: ignore[arg-type]
+    root = build_tiny_model(tmp_path / "model", family, dtype=native)  # type: ignore[arg-type]
+    variant = read_variant(root)
     if expected is None:
         with pytest.raises(ConfigError, match="can exceed what float16 holds"):
-            base_dtype(root, choice)
+            base_dtype(root, choice, variant)
     else:
-        assert base_dtype(root, choice) == expected
+        assert base_dtype(root, choice, variant) == expected
 
 
 def test_a_lora_of_other_layers_is_not_loaded(tiny_models: Models, settings: Settings) -> None:

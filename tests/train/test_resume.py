@@ -191,6 +191,13 @@ def test_a_checkpoint_of_another_run_is_refused_field_by_field(
     assert list(caught.value.differences) == [field]
 
 
+def test_steps_may_not_change_where_the_learning_rate_depends_on_them(settings: Settings) -> None:
+    train(settings(steps=2, checkpoint_every=1, lr_scheduler="cosine"))
+    with pytest.raises(MismatchError) as caught:
+        train(settings(steps=4, checkpoint_every=1, lr_scheduler="cosine", resume="latest"))
+    assert caught.value.differences == {"steps": (2, 4)}
+
+
 def test_settings_that_change_no_number_may_change(settings: Settings) -> None:
     train(settings(steps=1, checkpoint_every=1))
     free = {"workers": 2, "checkpoint_every": 5, "keep_checkpoints": 1, "log_every": 2, "steps": 2}
