@@ -35,9 +35,8 @@ image latent multiplied where the pipeline divides         test_fidelity::test_e
 one posterior sample frozen for all epochs                 test_fidelity::test_each_mistake_is_noticed
 noise of the image condition dropped                       test_images::test_noise_has_the_published_distribution
 noise added in bfloat16                                    test_precision::test_noising_in_low_precision_is_wrong_at_small_timesteps
+ZeRO-3 saves empty tensors                                 test_deepspeed::test_zero_3_is_refused_by_a_launch
 =========================================================  ==========================================================
-
-ZeRO-3 saves with empty tensors belong to distributed training and are refused there.
 """  # noqa: E501  a table
 
 from __future__ import annotations

@@ -98,10 +98,18 @@ def test_training_does_not_notice_validation(
 
 
 def test_when_it_validates(settings: Settings, make_cache: MakeCache) -> None:
-    config = settings(shards=make_cache("2b", CLIPS), steps=5, holdout="25%", validate_every=2)
-    found = validations(train(config).output)
-    assert sorted(found) == [2, 4, 5]
-    assert all(value["clips"] == 1 and value["videos"] == [] for value in found.values())
+    """Optimizer steps count, not microbatches; each validation once, by the lines as they are."""
+    shards = make_cache("2b", [(9, Size(32, 48))] * 6)
+    config = settings(shards=shards, steps=5, grad_accum=2, holdout="17%", validate_every=2)
+    output = train(config).output
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "validation" in line) for line in lines] == [
+        (1, False), (2, False), (2, True), (3, False), (4, False), (4, True), (5, False), (5, True),
+    ]  # fmt: skip
+    found = [line["validation"] for line in lines if "validation" in line]
+    assert all(value["clips"] == 1 and value["videos"] == [] for value in found)
+    sizes = sorted(len(line["samples"]) for line in training_lines(lines))
+    assert sizes == [1, 2, 2, 2, 2]  # five clips: the third step has but one
 
 
 @pytest.mark.parametrize("family", ["1.5-5b", "5b-i2v"])
