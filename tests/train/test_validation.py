@@ -108,8 +108,8 @@ def test_when_it_validates(settings: Settings, make_cache: MakeCache) -> None:
     ]  # fmt: skip
     found = [line["validation"] for line in lines if "validation" in line]
     assert all(value["clips"] == 1 and value["videos"] == [] for value in found)
-    sizes = sorted(len(line["samples"]) for line in training_lines(lines))
-    assert sizes == [1, 2, 2, 2, 2]  # five clips: the third step has but one
+    sizes = {len(line["samples"]) for line in training_lines(lines)}
+    assert sizes == {1, 2}  # of five clips a step of an epoch has but one
 
 
 @pytest.mark.parametrize("family", ["1.5-5b", "5b-i2v"])
