@@ -128,7 +128,9 @@ def _infer(output: Path, model: Path, lora: Path, prompt: str) -> list[Path]:
     say("4/4  Generating a video with the stock diffusers pipeline")
     image = [_first_frame(output / "first-frame.png")] if read_variant(model).task == "i2v" else []
     return infer(
-        InferConfig(lora=lora, prompt=[prompt], image=image, output=output / "generated.mp4", steps=10)
+        InferConfig(
+            overwrite=True, lora=lora, prompt=[prompt], image=image, output=output / "generated.mp4", steps=10
+        )
     )
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from cogcache.config import InferConfig
 from cogcache.config_io import save_config
-from cogcache.errors import NonFiniteError, StorageError
+from cogcache.errors import ConfigError, NonFiniteError, StorageError
 from cogcache.infer.conditions import check_conditions, pipeline_inputs
 from cogcache.infer.plan import Plan, plan_inference
-from cogcache.progress import Progress
+from cogcache.progress import Progress, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,12 +37,17 @@ def infer(config: InferConfig) -> list[Path]:
     with Progress("Generating", len(plan.prompts) * plan.steps, "steps") as progress:
         for number, (prompt, output) in enumerate(zip(plan.prompts, plan.outputs, strict=True)):
             write_mp4(output, _generate(pipe, plan, prompt, number, progress), plan.fps)
+    for prompt, output in zip(plan.prompts, plan.outputs, strict=True):
+        say(f"{output}: {prompt[:80]}")
     return list(plan.outputs)
 
 
 def _prepare_folder(plan: Plan) -> None:
     """Find out now, not after minutes of sampling, whether the output can be written."""
     output = plan.config.output
+    there = [path for path in plan.outputs if path.exists()]
+    if there and not plan.config.overwrite:
+        raise ConfigError(f"{there[0]} is already there.", "Choose another --output, or add --overwrite.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

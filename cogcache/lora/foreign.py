@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,14 @@ _PARTS = {
 }
 
 
-def find_weights(path: Path, names: Iterable[str]) -> tuple[Path, Path | None]:
+def find_weights(path: Path, names: Sequence[str]) -> tuple[Path, Path | None]:
     """The weights file that ``path`` (file or folder) means, and its ``adapter_config.json`` if it has one.
 
     In a folder, ``names`` are tried in order, after PEFT's own.
     """
     if path.is_dir():
         found = [path / name for name in (PEFT_WEIGHTS, *names) if (path / name).is_file()]
-        path = found[0] if found else path / PEFT_WEIGHTS
+        path = found[0] if found else path / next(iter(names), PEFT_WEIGHTS)
     config = path.with_name(PEFT_CONFIG)
     return path, config if path.name == PEFT_WEIGHTS and config.is_file() else None
 

@@ -109,7 +109,9 @@ def read_lora_header(path: Path) -> LoraHeader:
     try:
         header = read_tensor_header(file)
     except FileNotFoundError:
-        raise LoraError(f"there is no LoRA file {str(file)!r}.") from None
+        full = path.is_dir() and (path / "transformer").is_dir()
+        hint = f"This is a fine-tuned transformer: give it with --transformer {path}." if full else ""
+        raise LoraError(f"there is no LoRA file {str(file)!r}.", hint) from None
     except OSError as error:
         raise LoraError(f"{file} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:

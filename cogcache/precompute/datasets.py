@@ -114,9 +114,13 @@ def _locate(rows: list[Row], locator: Locator, mistakes: list[str]) -> list[Clip
     for row in rows:
         try:
             path, _ = locator.find(row.video)
-            image = locator.find(row.image)[1] if row.image else None
         except DatasetError as error:
             mistakes.append(f"{row.where}: {error.message}")
+            continue
+        try:
+            image = locator.find(row.image)[1] if row.image else None
+        except DatasetError as error:
+            mistakes.append(f"{row.where.replace('videos.txt', 'images.txt')}: {error.message}")
             continue
         items.append(ClipItem(path, PurePosixPath(row.video).as_posix(), row.caption, image))
     return items

@@ -63,8 +63,9 @@ def encode(config: EncodeConfig) -> EncodeResult:
         return result
     _summary(result)
     if result.failures:
+        rest = "; the others are committed" if len(result.failures) < result.clips else ""
         raise PartialFailureError(
-            f"{len(result.failures)} of {result.clips} clips failed; the others are committed.",
+            f"{len(result.failures)} of {result.clips} clips failed{rest}.",
             f"Reasons are in {result.shards / 'failures.jsonl'}. The next run tries only these again.",
         )
     return result

@@ -123,11 +123,16 @@ def train(config: TrainConfig) -> TrainResult:
         tuning.write_result(output, transformer)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if accelerator.is_main_process:
+        say(f"Done after {config.steps} steps: {output / tuning.result}")
     return TrainResult(output / tuning.result, output, config.steps, loss)
 
 
 def _announce(config: TrainConfig, output: Path, checkpoint: Checkpoint | None) -> None:
     if checkpoint:
+        if checkpoint.state.step == config.steps:
+            say(f"All {config.steps} steps are done already; raise --steps to go on.")
+            return
         say(f"Going on after step {checkpoint.state.step} of {config.steps}, in {output}.")
     elif config.resume:
         say(f"NOTICE: {output} holds no checkpoint yet; starting from the beginning.")

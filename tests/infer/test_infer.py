@@ -14,6 +14,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPi
 
 from cogcache.config import InferConfig
 from cogcache.config_io import load_config
+from cogcache.errors import ConfigError
 from cogcache.infer import infer
 from cogcache.infer.pipeline import load_pipeline
 from cogcache.infer.plan import plan_inference
@@ -129,7 +130,9 @@ def test_writes_videos_and_settings_that_repeat_them(make_lora: MakeLora, tmp_pa
     before = [path.read_bytes() for path in paths]
     repeat = load_config(InferConfig, {}, out.with_name("clip.config.yaml"))
     assert (repeat.prompt, repeat.frames, repeat.size, repeat.fps) == (["a cat", "a dog"], 9, "32x48", 12.0)
-    assert [path.read_bytes() for path in infer(repeat)] == before
+    with pytest.raises(ConfigError, match=r"clip-000\.mp4 is already there"):
+        infer(repeat)
+    assert [path.read_bytes() for path in infer(repeat.model_copy(update={"overwrite": True}))] == before
 
 
 def test_base_model_alone_takes_its_own_defaults(tiny_models: Models) -> None:

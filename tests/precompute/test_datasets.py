@@ -67,7 +67,7 @@ def test_lists_with_images(tmp_path: Path) -> None:
     lists(tmp_path, "a.mp4\nb.mp4\n", "A\nB\n", "i/a.png\n\n")
     assert mistakes(tmp_path) == ["images.txt line 2: blank line"]
     lists(tmp_path, "a.mp4\nb.mp4\n", "A\nB\n", "i/a.png\ni/c.png")
-    assert mistakes(tmp_path) == ["videos.txt line 2: i/c.png does not exist"]
+    assert mistakes(tmp_path) == ["images.txt line 2: i/c.png does not exist"]
 
 
 def test_a_video_may_have_two_captions(tmp_path: Path) -> None:

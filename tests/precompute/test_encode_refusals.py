@@ -318,7 +318,12 @@ def test_settings_are_saved_and_load_back(
     saved = tmp_path / "shards" / "encode.config.yaml"
     again = load_config(EncodeConfig, {}, saved)
     assert again == decide(config).effective() == decide(again).effective()
-    assert (again.frames, again.size, again.fps, again.tiling) == (config.frames, config.size, config.fps, "off")
+    assert (again.frames, again.size, again.fps, again.tiling) == (
+        config.frames,
+        config.size,
+        config.fps,
+        "off",
+    )
     assert again.data_root.is_absolute()
     assert "auto" not in (again.vae_dtype, again.text_dtype)
     assert run(["encode", f"--config={saved}"]) == 0
