@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,18 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cogcache.cache.format import LATENTS, TEXT, SampleRecord
+from cogcache.cache.format import IMAGES, LATENTS, TEXT, SampleRecord
 from cogcache.cache.reader import CacheReader
 from cogcache.config import EncodeConfig, TrainConfig
-from cogcache.draws import generator
+from cogcache.draws import generator, uniform
 from cogcache.geometry import parse_size
 from cogcache.models import torch_dtype
 from cogcache.precompute import encode_all
 from cogcache.tiny import Family
+from cogcache.train.data import Micro, Samples
 from cogcache.train.model import add_lora
 from cogcache.train.objective import loss_per_sample, padded_frames
 from cogcache.variants import Variant, read_variant
@@ -30,19 +32,24 @@ from cogcache.video import ClipRequest, load_clip
 FAMILIES: tuple[Family, ...] = ("2b", "5b", "1.5-5b")
 
 
-def stock_pipeline(model: str | Path, dtype: str = "float32") -> Any:
-    pipeline = CogVideoXPipeline.from_pretrained(model, dtype=torch_dtype(dtype))
+def stock_pipeline(model: str | Path, dtype: str = "float32", kind: Any = CogVideoXPipeline) -> Any:
+    pipeline = kind.from_pretrained(model, dtype=torch_dtype(dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def clip_pictures(config: EncodeConfig, sample: SampleRecord) -> list[Image.Image]:
+    """Frames of a clip as pictures."""
+    assert config.size is not None
+    request = ClipRequest(frames=sample.frames, size=parse_size(config.size), fps=None)
+    frames = load_clip(config.data_root / sample.source, request).frames
+    return [Image.fromarray(frame.numpy()) for frame in frames]
 
 
 @torch.no_grad()
 def stock_moments(pipeline: Any, config: EncodeConfig, sample: SampleRecord) -> torch.Tensor:
     """Moments [2C, F', H', W'] of a clip: VideoProcessor and VAE as diffusers' own, frames as pictures."""
-    assert config.size is not None
-    request = ClipRequest(frames=sample.frames, size=parse_size(config.size), fps=None)
-    frames = load_clip(config.data_root / sample.source, request).frames
-    pictures = [Image.fromarray(frame.numpy()) for frame in frames]
+    pictures = clip_pictures(config, sample)
     video = pipeline.video_processor.preprocess_video(pictures, height=sample.height, width=sample.width)
     moments: torch.Tensor = pipeline.vae.encode(video.to(pipeline.vae.dtype)).latent_dist.parameters[0]
     return moments
@@ -57,6 +64,27 @@ def stock_embedding(pipeline: Any, caption: str) -> torch.Tensor:
     return embedding
 
 
+@torch.no_grad()
+def stock_image_latents(pipeline: Any, config: EncodeConfig, sample: SampleRecord, seed: int) -> torch.Tensor:
+    """Latents [1, C, 1, H', W'] of the first frame, noised as in the reference trainer, all drawn from ``seed``."""
+    first = clip_pictures(config, sample)[0]
+    pixels = pipeline.video_processor.preprocess(first, height=sample.height, width=sample.width).unsqueeze(2)
+    random = torch.Generator().manual_seed(seed)
+    sigma = math.exp(-3.0 + 0.5 * torch.randn((), generator=random).item())
+    pixels = pixels + sigma * torch.randn(pixels.shape, generator=random)
+    latents: torch.Tensor = pipeline.vae.encode(pixels).latent_dist.sample(random)
+    return latents
+
+
+def add_random_lora(transformer: torch.nn.Module, config: TrainConfig) -> None:
+    """A LoRA in the frozen transformer that is not zero; lora_A would get no gradient."""
+    add_lora(transformer.requires_grad_(False), config)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02, generator=generator(name))
+
+
 def loss_and_gradients(
     transformer: torch.nn.Module,
     scheduler: Any,
@@ -69,8 +97,7 @@ def loss_and_gradients(
     padded = padded_frames(frames, variant.patch_size_t)
     noise = torch.randn(1, padded, channels, height, width, generator=generator(purpose, "noise"))
     posterior = torch.randn(1, channels, frames, height, width, generator=generator(purpose, "posterior"))
-    transformer.zero_grad()
-    loss = loss_per_sample(
+    return backward(
         transformer,
         scheduler,
         moments.unsqueeze(0),
@@ -80,9 +107,27 @@ def loss_and_gradients(
         timesteps_b=torch.tensor([generator(purpose).initial_seed() % 1000]),
         variant=variant,
     )
+
+
+def backward(
+    transformer: torch.nn.Module, *inputs: Any, **draws: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss and the gradients of all that is trained, for arguments of ``loss_per_sample``."""
+    transformer.zero_grad()
+    loss = loss_per_sample(transformer, *inputs, **draws)
     loss.sum().backward()
     gradients = {n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None}
     return loss.detach(), gradients
+
+
+def assert_equal_in_every_bit(cached: Any, fresh: Any, variant: Variant) -> None:
+    assert torch.equal(cached[0], fresh[0])
+    assert cached[0].item() > 0
+    assert cached[1].keys() == fresh[1].keys()
+    assert len(cached[1]) == 2 * 4 * variant.num_layers
+    for name, gradient in cached[1].items():
+        assert torch.equal(gradient, fresh[1][name]), name
+        assert gradient.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,12 +139,8 @@ def test_training_from_shards_equals_training_on_the_fly(
     encode_all(config)
     reader, variant, pipeline = CacheReader(config.shards), read_variant(Path(config.model)), None
     pipeline = stock_pipeline(config.model)
-    transformer = pipeline.transformer.requires_grad_(False)
-    add_lora(transformer, TrainConfig(shards=config.shards, rank=4, alpha=2.0))
-    with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            if "lora_B" in name:  # begins at zero, where lora_A gets no gradient
-                parameter.normal_(std=0.02, generator=generator(name))
+    transformer = pipeline.transformer
+    add_random_lora(transformer, TrainConfig(shards=config.shards, rank=4, alpha=2.0))
     for sample in reader.samples[:3]:
         cached = loss_and_gradients(
             transformer,
@@ -117,13 +158,60 @@ def test_training_from_shards_equals_training_on_the_fly(
             variant,
             sample.id,
         )
-        assert torch.equal(cached[0], fresh[0])
-        assert cached[0].item() > 0
-        assert cached[1].keys() == fresh[1].keys()
-        assert len(cached[1]) == 2 * 4 * variant.num_layers
-        for name, gradient in cached[1].items():
-            assert torch.equal(gradient, fresh[1][name]), name
-            assert gradient.abs().max() > 0, name
+        assert_equal_in_every_bit(cached, fresh, variant)
+
+
+@pytest.mark.parametrize("family", ["5b-i2v", "1.5-5b-i2v"])
+def test_image_to_video_from_shards_equals_training_on_the_fly(
+    settings: Callable[..., EncodeConfig], family: Family
+) -> None:
+    """The same for image-to-video, as training reads its batches: draws of two epochs are made anew from their names,
+    the picture's noise from the seed that the bank records.
+    """
+    config = settings(family, frames=17, size="64x96", text_batch_size=1, image_draws=3)
+    encode_all(config)
+    reader, variant = CacheReader(config.shards), read_variant(Path(config.model))
+    pipeline = stock_pipeline(config.model, kind=CogVideoXImageToVideoPipeline)
+    transformer, scheduler = pipeline.transformer, pipeline.scheduler
+    training = TrainConfig(
+        shards=config.shards, rank=4, alpha=2.0, seed=7, caption_dropout=0, image_dropout=0
+    )
+    add_random_lora(transformer, training)
+    samples, used = Samples(reader, variant, training), set()
+    for index, epoch in ((0, 0), (1, 0), (0, 1)):
+        sample = samples.records[index]
+        batch = samples.batch(Micro(epoch, (index,), 1))
+        cached = backward(
+            transformer,
+            scheduler,
+            batch.moments_bcfhw,
+            batch.prompt_embeds_bld,
+            noise_bpchw=batch.noise_bpchw,
+            posterior_noise_bcfhw=batch.posterior_noise_bcfhw,
+            timesteps_b=batch.timesteps_b,
+            image_latents_bcfhw=batch.image_latents_bcfhw,
+            variant=variant,
+        )
+        names = (training.seed, epoch, sample.id)
+        key = sample.images[int(3 * uniform(*names, "image"))]
+        used.add(key)
+        moments = stock_moments(pipeline, config, sample).unsqueeze(0)
+        shape = (1, 16, *moments.shape[2:])
+        padded = padded_frames(shape[2], variant.patch_size_t)
+        seed = reader.read(IMAGES, key).facts["seed"]
+        fresh = backward(
+            transformer,
+            scheduler,
+            moments,
+            stock_embedding(pipeline, sample.caption).unsqueeze(0),
+            noise_bpchw=torch.randn((1, padded, 16, *shape[3:]), generator=generator(*names, "noise")),
+            posterior_noise_bcfhw=torch.randn(shape, generator=generator(*names, "posterior")),
+            timesteps_b=torch.tensor([int(1000 * uniform(*names, "timestep"))]),
+            image_latents_bcfhw=stock_image_latents(pipeline, config, sample, seed),
+            variant=variant,
+        )
+        assert_equal_in_every_bit(cached, fresh, variant)
+    assert len(used) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
