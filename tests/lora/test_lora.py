@@ -85,7 +85,7 @@ def test_stock_pipeline_applies_the_trained_alpha(
 @pytest.mark.parametrize("family", ["2b", "5b"])
 def test_a_bfloat16_base_rounds_the_lora(tiny_models: Models, tmp_path: Path, family: Family) -> None:
     """Training holds the LoRA in float32, the stock pipeline in the base's dtype: equal bits for a LoRA rounded to
-    bfloat16, else equal within 1 % of the output and 15 % of what the LoRA changes in it (root mean squares), which is the
+    bfloat16, else equal within 1 % of the output and 15 % of what the LoRA changes in it (root mean squares): the
     size of bfloat16's rounding in the base.
     """
     root = tiny_models(family)
