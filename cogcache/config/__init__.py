@@ -6,9 +6,9 @@ Unknown keys are refused. ``None`` as a default means "decided by the model or b
 description says.
 """
 
-from cogcache.config.base import setting
+from cogcache.config.base import CommandConfig, setting
 from cogcache.config.encode import EncodeConfig, ExtractImagesConfig
 from cogcache.config.infer import InferConfig
 from cogcache.config.train import TrainConfig
 
-__all__ = ["EncodeConfig", "ExtractImagesConfig", "InferConfig", "TrainConfig", "setting"]
+__all__ = ["CommandConfig", "EncodeConfig", "ExtractImagesConfig", "InferConfig", "TrainConfig", "setting"]

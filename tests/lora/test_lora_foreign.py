@@ -329,7 +329,7 @@ def test_alpha_is_only_taken_where_it_is_unknown(bench: Bench, tmp_path: Path) -
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(LoraError, match=r"no LoRA file .*adapter_model\.safetensors"):
+    with pytest.raises(LoraError, match=r"no LoRA file .*pytorch_lora_weights\.safetensors"):
         read_lora_header(tmp_path)
 
 
