@@ -47,6 +47,10 @@ class ShardWriter(Protocol):
 class ShardReader(Protocol):
     """One committed shard. Thread-safe; survives fork and pickling."""
 
+    @property
+    def name(self) -> str:
+        """Shard name without suffix."""
+
     def __iter__(self) -> Iterator[str]:
         """Keys of all entries, in shard order."""
 

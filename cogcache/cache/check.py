@@ -35,7 +35,7 @@ __all__ = ["Checked", "check_cache", "needs_of"]
 _TOP = {IDENTITY_FILE, MANIFEST_FILE, SAMPLES_FILE, FAILURES_FILE, VALIDATION_FILE, JOURNAL_FILE, ".lock"}
 _SETTINGS = "encode.config.yaml"
 _SHARD_FILE = re.compile(
-    r"\.?([a-z0-9_]+-\d{5,9})\.(tar|index\.jsonl|plan\.json|lock|tar\.part|index\.part|tar\.damaged|index\.damaged)"
+    r"\.?([a-z0-9_]+(?:-[0-9x]+){1,2})\.(tar|index\.jsonl|plan\.json|lock|tar\.part|index\.part|tar\.damaged|index\.damaged)"
 )
 _UNFINISHED = ("plan.json", "lock", "tar.part", "index.part")
 
@@ -193,7 +193,7 @@ def _strangers(seen: Survey, findings: list[ShardFinding], report: Report) -> No
         match = _SHARD_FILE.fullmatch(path.name)
         if name in _TOP or name == _SETTINGS:
             continue
-        if match and path.parent.parent == seen.root and match[1].rsplit("-", 1)[0] == path.parent.name:
+        if match and path.parent.parent == seen.root and match[1].split("-")[0] == path.parent.name:
             if match[2] in _UNFINISHED:
                 unfinished.add(match[1])
             elif match[2] == "tar" and match[1] not in known and not path.with_suffix(".plan.json").exists():

@@ -7,34 +7,21 @@ files, or changes any, is called under the cache lock.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cogcache.cache.files import FileLock, make_folder, remove, write_atomic
-from cogcache.cache.format import Fingerprint, shard_name
+from cogcache.cache.format import Fingerprint
 from cogcache.cache.index import ShardIndex, check_key, parse_index
 from cogcache.cache.lines import dump_sealed, load_sealed
+from cogcache.cache.names import ShardName, check_series, parse_shard
 from cogcache.cache.tar import preamble
 from cogcache.cache.tar_shard import TarShardWriter, durable_keys
-from cogcache.errors import CacheError, DamagedCacheError
+from cogcache.errors import DamagedCacheError
 from cogcache.variants import Variant
 
-__all__ = ["SERIES", "SeriesFolder", "check_series"]
-
-SERIES = re.compile(r"[a-z][a-z0-9_]{0,31}")
-_FILE = re.compile(r"\.?([a-z0-9_]+-(\d{5,9}))\.(.+)")
-
-
-def check_series(name: str) -> str:
-    """Return ``name`` if it can be a series: lower-case letters, digits and ``_``.
-
-    Raises:
-        CacheError: if not.
-    """
-    if not SERIES.fullmatch(name):
-        raise CacheError(f"{name!r:.80} is not a name for a series.")
-    return name
+__all__ = ["SeriesFolder"]
 
 
 class SeriesFolder:
@@ -48,13 +35,14 @@ class SeriesFolder:
         make_folder(self.path)
 
     def _names(self, suffix: str) -> list[str]:
-        """Names of the shards that have a file with ``suffix``, by number."""
-        found = {}
+        """Names of the shards that have a file with ``suffix``, by group and number."""
+        found = []
         for file in self.path.iterdir():
-            match = _FILE.fullmatch(file.name)
-            if match and match[3] == suffix and match[1] == shard_name(self.series, int(match[2])):
-                found[int(match[2])] = match[1]
-        return [found[number] for number in sorted(found)]
+            name, _, rest = file.name.removeprefix(".").partition(".")
+            if rest == suffix:
+                with suppress(ValueError):
+                    found.append(parse_shard(name, self.series))
+        return [str(name) for name in sorted(found)]
 
     def committed(self) -> list[str]:
         """Names of all committed shards."""
@@ -123,16 +111,17 @@ class SeriesFolder:
             keys.update(durable, after(self.plan(name), durable))
         return keys
 
-    def add_plans(self, keys: Sequence[str], entries_per_shard: int) -> list[str]:
-        """Decide the shards of ``keys``, in this order; returns the names of the new shards."""
-        used = [
-            int(name.rsplit("-", 1)[1])
-            for s in ("tar", "index.jsonl", "plan.json")
-            for name in self._names(s)
-        ]
-        first, made = max(used, default=-1) + 1, []
+    def add_plans(self, keys: Sequence[str], entries_per_shard: int, group: str = "") -> list[str]:
+        """Decide the shards of ``keys``, in this order; returns the names of the new shards.
+
+        Args:
+            group: Shape that the entries share, ``"49x480x720"``; shards are numbered within it.
+        """
+        used = [parse_shard(name) for s in ("tar", "index.jsonl", "plan.json") for name in self._names(s)]
+        first = max((name.number for name in used if name.group_text == group), default=-1) + 1
+        made = []
         for number, start in enumerate(range(0, len(keys), entries_per_shard), first):
-            name = shard_name(self.series, number)
+            name = str(ShardName.of(self.series, group, number))
             value = {"shard": name, "keys": list(keys[start : start + entries_per_shard])}
             write_atomic(self.path / f"{name}.plan.json", dump_sealed(value))
             made.append(name)

@@ -51,7 +51,6 @@ __all__ = [
     "differences",
     "digest",
     "entry_key",
-    "shard_name",
 ]
 
 FORMAT: Final = "cogcache"
@@ -231,11 +230,6 @@ def digest(value: Any) -> str:
 def entry_key(fingerprint: Fingerprint, **content: Any) -> str:
     """The key of an entry: 32 hex digits that change when anything that determines its bytes does."""
     return digest({"fingerprint": fingerprint, "content": content})[:32]
-
-
-def shard_name(series: str, number: int) -> str:
-    """``latents-00007`` for series ``latents`` and number 7."""
-    return f"{series}-{number:05d}"
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from cogcache.cache.backend import ShardReader
 from cogcache.cache.files import storage_errors
-from cogcache.cache.folder import SERIES
 from cogcache.cache.format import (
     FAILURES_FILE,
     MANIFEST_FILE,
@@ -23,6 +21,7 @@ from cogcache.cache.format import (
 )
 from cogcache.cache.handles import Handles
 from cogcache.cache.index import parse_index
+from cogcache.cache.names import is_series, parse_shard
 from cogcache.cache.tables import read_manifest, read_table, read_validation
 from cogcache.cache.tar_shard import TarShardReader
 from cogcache.errors import CacheError, DamagedCacheError
@@ -76,7 +75,7 @@ class CacheReader:
                     raise
 
     def _open_series(self, name: str, series: SeriesRecord, handles: Handles) -> dict[str, ShardReader]:
-        if not SERIES.fullmatch(name):
+        if not is_series(name):
             raise self._damaged(f"{name!r:.80} is not a name for a series")
         found: dict[str, ShardReader] = {}
         for record in series.shards:
@@ -87,8 +86,10 @@ class CacheReader:
         return found
 
     def _open_shard(self, series: str, record: ShardRecord, handles: Handles) -> TarShardReader:
-        if not re.fullmatch(rf"{series}-\d{{5,9}}", record.name):
-            raise self._damaged(f"{record.name!r:.80} is not a name for a shard of {series}")
+        try:
+            parse_shard(record.name, series)
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
         path = self.root / series / f"{record.name}.index.jsonl"
         try:
             index = parse_index(path.read_bytes())
@@ -134,6 +135,13 @@ class CacheReader:
     def contents(self, series: str, key: str) -> tuple[bytes, bytes]:
         """One entry as it is stored: the bytes of its tensors and of its facts. Raises as :meth:`read` does."""
         return self._shard(series, key).contents(key)
+
+    def groups(self, series: str) -> dict[str, list[str]]:
+        """Keys of all entries of a series by the group of their shard, in shard order; used by a sample or not."""
+        found: dict[str, list[str]] = {}
+        for key, shard in self._entries.get(series, {}).items():
+            found.setdefault(parse_shard(shard.name).group_text, []).append(key)
+        return found
 
     def keys(self, series: str) -> list[str]:
         """Keys of all entries of a series, in shard order; used by a sample or not."""

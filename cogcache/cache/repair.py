@@ -35,6 +35,7 @@ from cogcache.cache.identity import write_identity
 from cogcache.cache.index import parse_index
 from cogcache.cache.journal import Journal
 from cogcache.cache.lines import seal_line
+from cogcache.cache.names import parse_shard
 from cogcache.cache.shard_check import ShardFinding, read_contents
 from cogcache.cache.writer import CacheWriter, cache_lock, is_claimed
 from cogcache.errors import CacheError
@@ -182,7 +183,8 @@ def _take_good(root: Path, folder: SeriesFolder, result: Repaired) -> None:
         with cache_lock(root):
             settled = folder.settled_keys()
         wanted = [record for record in records if record.key not in settled]
-        kept = _copy(root, folder, data, wanted) if wanted else 0
+        group = parse_shard(name, folder.series).group_text
+        kept = _copy(root, folder, data, wanted, group) if wanted else 0
         with cache_lock(root):
             remove(data, listed)
         result.done.append(f"{name} was damaged: {kept} good entries were kept, the others dropped")
@@ -201,10 +203,10 @@ def _listed(path: Path) -> list[EntryRecord]:
     ]
 
 
-def _copy(root: Path, folder: SeriesFolder, data: Path, records: Sequence[EntryRecord]) -> int:
+def _copy(root: Path, folder: SeriesFolder, data: Path, records: Sequence[EntryRecord], group: str) -> int:
     """Entries copied, byte for byte, into a new shard."""
     with cache_lock(root):
-        (name,) = folder.add_plans([record.key for record in records], len(records))
+        (name,) = folder.add_plans([record.key for record in records], len(records), group)
         claim = folder.claim(name)
     if claim is None:
         raise CacheError(f"another process is filling {root}.", "Wait for it to end, then repair.")

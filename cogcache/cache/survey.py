@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from cogcache.cache.damage import Damage
-from cogcache.cache.folder import SERIES
 from cogcache.cache.format import (
     FAILURES_FILE,
     IDENTITY_FILE,
@@ -35,6 +33,7 @@ from cogcache.cache.format import (
 )
 from cogcache.cache.identity import read_identity
 from cogcache.cache.lines import parse_object
+from cogcache.cache.names import is_series, parse_shard
 from cogcache.cache.shard_check import read_preamble
 from cogcache.cache.tables import read_manifest, read_table
 from cogcache.errors import CacheError
@@ -43,7 +42,6 @@ from cogcache.variants import Variant
 __all__ = ["SeriesShards", "Survey", "survey"]
 
 R = TypeVar("R", bound=Record)
-_SHARD = re.compile(r"([a-z][a-z0-9_]{0,31})-\d{5,9}")
 _MOST_LISTED = 100_000
 """A video is not looked for in a list more often than this when a row proves its id."""
 
@@ -57,8 +55,8 @@ class SeriesShards:
 
     @property
     def names(self) -> list[str]:
-        """All of them, by number."""
-        return sorted({*self.named, *self.found}, key=lambda name: int(name.rsplit("-", 1)[1]))
+        """All of them, by group and number."""
+        return sorted({*self.named, *self.found}, key=parse_shard)
 
 
 @dataclass
@@ -126,8 +124,11 @@ def _tars(root: Path) -> list[Path]:
 
 
 def _belongs(file: Path) -> bool:
-    match = _SHARD.fullmatch(file.stem)
-    return bool(match and match[1] == file.parent.name)
+    try:
+        parse_shard(file.stem, file.parent.name)
+    except ValueError:
+        return False
+    return True
 
 
 def _find_identity(seen: Survey) -> None:
@@ -176,16 +177,16 @@ def _find_shards(seen: Survey) -> None:
     named = seen.manifest.series if seen.manifest else {}
     series = {*named, *(seen.identity.series if seen.identity else ())}
     for name in sorted(series):
-        if not SERIES.fullmatch(name):
+        if not is_series(name):
             seen.add(MANIFEST_FILE, f"{name!r:.80} is not a name for a series")
             continue
         shards = seen.shards[name] = SeriesShards()
         for record in named[name].shards if name in named else ():
-            match = _SHARD.fullmatch(record.name)
-            if match and match[1] == name:
+            try:
+                parse_shard(record.name, name)
                 shards.named[record.name] = record
-            else:
-                seen.add(MANIFEST_FILE, f"{record.name!r:.80} is not a name for a shard of {name}")
+            except ValueError as error:
+                seen.add(MANIFEST_FILE, str(error))
         shards.found = _on_disk(seen.root / name, lost_indexes=seen.manifest is None)
 
 

@@ -172,6 +172,7 @@ class TarShardReader:
     def __init__(self, path: Path, index: ShardIndex, handles: Handles) -> None:
         self._path, self._entries, self._handles = path, index.entries, handles
         self._bytes, self._sha256 = index.bytes, index.sha256
+        self.name = path.stem
         for key, members in self._entries.items():
             if len(members) != _MEMBERS or (members[0][0], members[1][0]) != tar.member_names(key):
                 raise self._damaged(f"entry {key} has other members than tensors and facts")

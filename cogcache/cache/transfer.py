@@ -23,6 +23,7 @@ from cogcache.cache.format import (
     ValidationRecord,
 )
 from cogcache.cache.identity import check_same
+from cogcache.cache.names import parse_shard
 from cogcache.cache.reader import CacheReader
 from cogcache.cache.writer import CacheWriter
 from cogcache.errors import CacheError, MismatchError
@@ -183,10 +184,19 @@ def _write(
 
 
 def _copy(writer: CacheWriter, readers: Sequence[CacheReader], series: str, keys: Sequence[str]) -> None:
-    """Shards as large as the largest of the caches that the entries come from."""
-    holders = {key: reader for reader in reversed(readers) for key in reader.keys(series)}
-    shards = [shard.entries for reader in readers for shard in reader.manifest.series[series].shards]
-    writer.plan(series, keys, max(shards, default=1))
+    """Group by group, in shards as large as the largest of that group in the caches that they come from."""
+    holders: dict[str, CacheReader] = {}
+    groups: dict[str, str] = {}
+    for reader in reversed(readers):
+        for group, members in reader.groups(series).items():
+            holders.update(dict.fromkeys(members, reader))
+            groups.update(dict.fromkeys(members, group))
+    largest: dict[str, int] = {}
+    for shard in (shard for reader in readers for shard in reader.manifest.series[series].shards):
+        group = parse_shard(shard.name, series).group_text
+        largest[group] = max(shard.entries, largest.get(group, 1))
+    for group in sorted({groups[key] for key in keys}):
+        writer.plan(series, [key for key in keys if groups[key] == group], largest[group], group)
     with Progress(f"Copying {series}", len(keys), "entries") as progress:
         for job in writer.jobs(series, set(keys)):
             with job:

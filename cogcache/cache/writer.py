@@ -95,10 +95,13 @@ class CacheWriter:
         with self._lock():
             return self._folder(series).durable_keys()
 
-    def plan(self, series: str, keys: Sequence[str], entries_per_shard: int) -> None:
+    def plan(self, series: str, keys: Sequence[str], entries_per_shard: int, group: str = "") -> None:
         """Decide which shards get those of ``keys`` that are neither durable nor planned already.
 
         New shards take them in the order given, ``entries_per_shard`` each; repeated keys count once.
+
+        Args:
+            group: Shape that these entries share, ``"49x480x720"``, part of their shards' names; empty for any.
 
         Raises:
             ValueError: if a key is not 32 hex digits or ``entries_per_shard`` is below 1.
@@ -111,7 +114,7 @@ class CacheWriter:
             folder.sweep()
             settled = folder.settled_keys()
             missing = [key for key in wanted if key not in settled]
-            names = folder.add_plans(missing, entries_per_shard)
+            names = folder.add_plans(missing, entries_per_shard, group)
         for number, name in enumerate(names):
             entries = min(entries_per_shard, len(missing) - number * entries_per_shard)
             self.journal.add("planned", series=series, shard=name, entries=entries)
