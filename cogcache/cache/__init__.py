@@ -7,5 +7,6 @@
 - :mod:`cogcache.cache.tar` -- the webdataset backend: entries as members of tar files
 - :mod:`cogcache.cache.writer` -- the commit protocol
 - :mod:`cogcache.cache.reader` -- indexed, checked reads
+- :mod:`cogcache.cache.storage` -- where a reader's bytes come from
 - :mod:`cogcache.cache.plan` -- the order of an epoch, a pure function
 """

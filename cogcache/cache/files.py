@@ -48,7 +48,7 @@ _TROUBLE = {
 
 
 @contextmanager
-def storage_errors(path: Path, verb: str = "written") -> Iterator[None]:
+def storage_errors(path: object, verb: str = "written") -> Iterator[None]:
     """Turn any :class:`OSError` inside into a :class:`StorageError`: ``path`` cannot be ``verb``, and why."""
     try:
         yield

@@ -14,7 +14,7 @@ __all__ = ["Handles"]
 class _Descriptor:
     """A file descriptor, closed when its last user lets go of it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
@@ -34,11 +34,11 @@ class Handles:
         self._start()
 
     def _start(self) -> None:
-        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
+        self._open: OrderedDict[str | Path, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
         self._process = os.getpid()
 
-    def pread(self, path: Path, offset: int, size: int) -> bytes:
+    def pread(self, path: str | Path, offset: int, size: int) -> bytes:
         """Up to ``size`` bytes of the file at ``path`` from ``offset``; fewer only at its end."""
         descriptor = self._get(path)
         data = os.pread(descriptor.number, size, offset)
@@ -49,7 +49,7 @@ class Handles:
             data += more
         return data
 
-    def _get(self, path: Path) -> _Descriptor:
+    def _get(self, path: str | Path) -> _Descriptor:
         if self._process != os.getpid():  # a fork may have copied the lock while it was held
             self._start()
         with self._lock:

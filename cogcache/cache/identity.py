@@ -12,6 +12,7 @@ from cogcache.cache.files import write_atomic
 from cogcache.cache.format import IDENTITY_FILE, MANIFEST_FILE, VERSION, Identity, differences
 from cogcache.cache.lines import dump_sealed, load_sealed
 from cogcache.errors import CacheError, DamagedCacheError, MismatchError
+from cogcache.location import Location
 
 __all__ = ["admit", "check_same", "check_version", "read_identity", "write_identity"]
 
@@ -62,7 +63,7 @@ def read_identity(root: Path) -> Identity:
         ) from None
 
 
-def check_version(root: Path, value: dict[str, Any]) -> None:
+def check_version(root: Location, value: dict[str, Any]) -> None:
     """Refuse what a later version of this program wrote.
 
     Raises:
@@ -85,7 +86,7 @@ def _check_empty(root: Path, wanted: Identity) -> None:
         )
 
 
-def check_same(root: Path, found: Identity, wanted: Identity, series: Collection[str]) -> None:
+def check_same(root: Location, found: Identity, wanted: Identity, series: Collection[str]) -> None:
     """Refuse where the model's facts differ, or a fingerprint of those of ``series`` that both have.
 
     Raises:

@@ -11,10 +11,13 @@ from typing import Any
 from cogcache.cache.format import EntryRecord, ShardRecord, canonical_json
 from cogcache.cache.lines import parse_json, seal_line, unseal_line
 
-__all__ = ["Members", "ShardIndex", "build_index", "check_key", "parse_index"]
+__all__ = ["Member", "Members", "ShardIndex", "build_index", "check_key", "parse_index"]
 
-Members = tuple[tuple[str, int, int, int], ...]
-"""(name, offset, size, crc32) of each member of an entry: plain, because there may be a million."""
+Member = tuple[str, int, int, int]
+"""(name, offset, size, crc32): plain, because there may be a million."""
+
+Members = tuple[Member, ...]
+"""The members of an entry."""
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _SHA = re.compile(r"[0-9a-f]{64}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from cogcache.cache.backend import ShardReader
@@ -19,12 +18,13 @@ from cogcache.cache.format import (
     ShardRecord,
     ValidationRecord,
 )
-from cogcache.cache.handles import Handles
 from cogcache.cache.index import parse_index
 from cogcache.cache.names import is_series, parse_shard
+from cogcache.cache.storage import Storage, open_storage
 from cogcache.cache.tables import read_manifest, read_table, read_validation
 from cogcache.cache.tar_shard import TarShardReader
 from cogcache.errors import CacheError, DamagedCacheError
+from cogcache.location import Location, parse_location
 
 __all__ = ["CacheReader"]
 
@@ -38,7 +38,7 @@ class CacheReader:
     checked entry by entry as they are read. What a later encode adds is seen by a new reader only.
 
     Attributes:
-        root: Folder of the cache.
+        root: Folder or URL of the cache.
         manifest: The checked manifest.
         samples: Rows of ``samples.jsonl``, sorted by id.
         failures: Rows of ``failures.jsonl``.
@@ -50,57 +50,56 @@ class CacheReader:
         StorageError: if the disk or its permissions forbid reading.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
+    def __init__(self, root: Location | str) -> None:
+        self._storage: Storage = open_storage(parse_location(root))
+        self.root: Location = self._storage.root
         with storage_errors(self.root, "read"):
             self._open()
-            handles = Handles()
             self._entries = {
-                name: self._open_series(name, series, handles)
-                for name, series in self.manifest.series.items()
+                name: self._open_series(name, series) for name, series in self.manifest.series.items()
             }
         self._check_references()
 
     def _open(self) -> None:
         """Manifest and tables; again if another process has just committed in between."""
         for attempt in range(_TRIES):
-            self.manifest: Manifest = read_manifest(self.root)
+            self.manifest: Manifest = read_manifest(self._storage)
             try:
-                self.samples = read_table(self.root, self.manifest, SAMPLES_FILE, SampleRecord)
-                self.failures = read_table(self.root, self.manifest, FAILURES_FILE, FailureRecord)
-                self.validation: list[ValidationRecord] = read_validation(self.root, self.manifest)
+                self.samples = read_table(self._storage, self.manifest, SAMPLES_FILE, SampleRecord)
+                self.failures = read_table(self._storage, self.manifest, FAILURES_FILE, FailureRecord)
+                self.validation: list[ValidationRecord] = read_validation(self._storage, self.manifest)
                 return
             except DamagedCacheError:
-                if attempt == _TRIES - 1 or read_manifest(self.root) == self.manifest:
+                if attempt == _TRIES - 1 or read_manifest(self._storage) == self.manifest:
                     raise
 
-    def _open_series(self, name: str, series: SeriesRecord, handles: Handles) -> dict[str, ShardReader]:
+    def _open_series(self, name: str, series: SeriesRecord) -> dict[str, ShardReader]:
         if not is_series(name):
             raise self._damaged(f"{name!r:.80} is not a name for a series")
         found: dict[str, ShardReader] = {}
         for record in series.shards:
-            shard = self._open_shard(name, record, handles)
+            shard = self._open_shard(name, record)
             for key in shard:
                 if found.setdefault(key, shard) is not shard:
                     raise self._damaged(f"entry {key} is in two shards of {name}")
         return found
 
-    def _open_shard(self, series: str, record: ShardRecord, handles: Handles) -> TarShardReader:
+    def _open_shard(self, series: str, record: ShardRecord) -> TarShardReader:
         try:
             parse_shard(record.name, series)
         except ValueError as error:
             raise self._damaged(str(error)) from None
-        path = self.root / series / f"{record.name}.index.jsonl"
+        name = f"{series}/{record.name}.index.jsonl"
         try:
-            index = parse_index(path.read_bytes())
+            index = parse_index(self._storage.read(name))
             if index.record(record.name) != record:
                 raise ValueError("it is not the one that the manifest names")
         except (OSError, ValueError) as error:
             raise DamagedCacheError(
-                f"{path} is missing or damaged: {error}.",
-                f"Delete {record.name}.* in {path.parent} and run encode again: it remakes just that.",
+                f"{self.root / name} is missing or damaged: {error}.",
+                f"Delete {record.name}.* in {self.root / series} and run encode again: it remakes just that.",
             ) from None
-        return TarShardReader(path.with_name(f"{record.name}.tar"), index, handles)
+        return TarShardReader(self._storage, f"{series}/{record.name}.tar", index)
 
     def _check_references(self) -> None:
         for row in self.samples:

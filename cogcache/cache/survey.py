@@ -35,6 +35,7 @@ from cogcache.cache.identity import read_identity
 from cogcache.cache.lines import parse_object
 from cogcache.cache.names import is_series, parse_shard
 from cogcache.cache.shard_check import read_preamble
+from cogcache.cache.storage import LocalStorage
 from cogcache.cache.tables import read_manifest, read_table
 from cogcache.errors import CacheError
 from cogcache.variants import Variant
@@ -88,7 +89,7 @@ def survey(root: Path) -> Survey:
         CacheError: if there is no cache in ``root``, or one of a later version.
     """
     seen = Survey(root)
-    seen.manifest = _believed(seen, MANIFEST_FILE, lambda: read_manifest(root))
+    seen.manifest = _believed(seen, MANIFEST_FILE, lambda: read_manifest(LocalStorage(root)))
     _find_identity(seen)
     _find_shards(seen)
     _read_tables(seen)
@@ -232,7 +233,7 @@ def _table(seen: Survey, name: str, kind: type[R]) -> list[R] | None:
         return _loose_rows(seen.root / name, kind)
     manifest = seen.manifest
     try:
-        return read_table(seen.root, manifest, name, kind)
+        return read_table(LocalStorage(seen.root), manifest, name, kind)
     except CacheError as error:
         seen.add(name, error.message.removeprefix(f"{seen.root / name} ").rstrip("."))
         return None

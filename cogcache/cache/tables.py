@@ -32,9 +32,11 @@ from cogcache.cache.format import (
 )
 from cogcache.cache.identity import check_version
 from cogcache.cache.lines import parse_json, parse_object, pretty_json
+from cogcache.cache.storage import LocalStorage, Storage
 from cogcache.errors import CacheError, DamagedCacheError
+from cogcache.location import Location
 
-__all__ = ["commit_tables", "current_validation", "read_manifest", "read_table", "read_validation"]
+__all__ = ["commit_tables", "current_validation", "pending", "read_manifest", "read_table", "read_validation"]
 
 _TABLES = (SAMPLES_FILE, FAILURES_FILE, VALIDATION_FILE)
 _AGAIN = "Run encode again: it keeps every good shard and writes this anew."
@@ -56,7 +58,7 @@ def commit_tables(
     if validation:
         contents[VALIDATION_FILE] = _lines(validation)
     for name, data in contents.items():
-        write_file(_pending(root, name), data)
+        write_file(root / pending(name), data)
     sync_folder(root)
     tables = {
         name: TableRecord(rows=data.count(b"\n"), sha256=hashlib.sha256(data).hexdigest())
@@ -65,7 +67,7 @@ def commit_tables(
     manifest = Manifest(model=model, series=dict(series), tables=tables, unconditional=unconditional).sealed()
     write_atomic(root / MANIFEST_FILE, pretty_json(manifest.model_dump(mode="json")))
     for name in contents:
-        rename(_pending(root, name), root / name)
+        rename(root / pending(name), root / name)
     return manifest
 
 
@@ -73,42 +75,43 @@ def _lines(rows: Sequence[Record]) -> bytes:
     return "".join(canonical_json(row.model_dump(mode="json")) + "\n" for row in rows).encode()
 
 
-def _pending(root: Path, name: str) -> Path:
-    return root / f"{name}.next"
+def pending(name: str) -> str:
+    """The name under which a table waits for its manifest."""
+    return f"{name}.next"
 
 
 def _settle(root: Path) -> None:
     """Finish or undo what a killed commit left: a waiting table is good if the manifest names its hash."""
-    waiting = [name for name in _TABLES if _pending(root, name).exists()]
+    waiting = [name for name in _TABLES if (root / pending(name)).exists()]
     if not waiting:
         return
     try:
-        known = read_manifest(root).tables
+        known = read_manifest(LocalStorage(root)).tables
     except CacheError:
         known = {}
     for name in waiting:
-        if name in known and _sha256(_pending(root, name)) == known[name].sha256:
-            rename(_pending(root, name), root / name)
+        if name in known and _sha256(root / pending(name)) == known[name].sha256:
+            rename(root / pending(name), root / name)
         else:
-            remove(_pending(root, name))
+            remove(root / pending(name))
 
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(storage: Storage) -> Manifest:
     """Read the manifest and check its checksum.
 
     Raises:
         CacheError: if there is none, or it is of a newer version.
         DamagedCacheError: if any byte of it is wrong.
     """
-    path = root / MANIFEST_FILE
+    root, path = storage.root, storage.root / MANIFEST_FILE
     try:
-        data = path.read_bytes()
+        data = storage.read(MANIFEST_FILE)
     except FileNotFoundError:
-        raise _missing(root) from None
+        raise _missing(storage) from None
     except OSError as error:
         raise CacheError(
             f"{path} cannot be read: {error.strerror}.", "Check the path and its permissions."
@@ -127,33 +130,34 @@ def read_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def _missing(root: Path) -> CacheError:
-    if (root / IDENTITY_FILE).exists():
+def _missing(storage: Storage) -> CacheError:
+    root = storage.root
+    if storage.size(IDENTITY_FILE) is not None:
         return CacheError(f"{root} has no {MANIFEST_FILE}: encode has not finished.", "Run encode again.")
-    if root.exists():
+    if isinstance(root, Path) and root.exists():
         return CacheError(
             f"{root} is not a cache: it has no {MANIFEST_FILE}.", "Give the folder that encode wrote."
         )
     return CacheError(f"there is no cache at {root}.", "Make one with 'cogcache encode'.")
 
 
-def read_table(root: Path, manifest: Manifest, name: str, kind: type[R]) -> list[R]:
+def read_table(storage: Storage, manifest: Manifest, name: str, kind: type[R]) -> list[R]:
     """The rows of a table.
 
     Raises:
         DamagedCacheError: if it is not the one that the manifest names.
     """
-    expected = manifest.tables.get(name)
+    root, expected = storage.root, manifest.tables.get(name)
     if expected is None:
         raise DamagedCacheError(f"{root / MANIFEST_FILE} names no {name}.", _AGAIN)
-    for path in (root / name, _pending(root, name)):
-        data = path.read_bytes() if path.is_file() else None
+    for candidate in (name, pending(name)):
+        data = storage.read(candidate) if storage.size(candidate) is not None else None
         if data is not None and hashlib.sha256(data).hexdigest() == expected.sha256:
             return _rows(root / name, data, expected.rows, kind)
     raise DamagedCacheError(f"{root / name} is missing or not the one that was committed.", _AGAIN)
 
 
-def read_validation(root: Path, manifest: Manifest) -> list[ValidationRecord]:
+def read_validation(storage: Storage, manifest: Manifest) -> list[ValidationRecord]:
     """The rows of ``validation.jsonl`` in their order; none where the manifest names no such table.
 
     Raises:
@@ -161,18 +165,19 @@ def read_validation(root: Path, manifest: Manifest) -> list[ValidationRecord]:
     """
     if VALIDATION_FILE not in manifest.tables:
         return []
-    return read_table(root, manifest, VALIDATION_FILE, ValidationRecord)
+    return read_table(storage, manifest, VALIDATION_FILE, ValidationRecord)
 
 
 def current_validation(root: Path) -> list[ValidationRecord]:
     """Prompts for validation that are committed now; none where no manifest or table can be believed."""
     try:
-        return read_validation(root, read_manifest(root))
+        storage = LocalStorage(root)
+        return read_validation(storage, read_manifest(storage))
     except CacheError:
         return []
 
 
-def _rows(path: Path, data: bytes, count: int, kind: type[R]) -> list[R]:
+def _rows(path: Location, data: bytes, count: int, kind: type[R]) -> list[R]:
     lines = data.split(b"\n")[:-1]
     try:
         values: list[Any] = parse_json(b"[" + b",".join(lines) + b"]")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,9 +10,9 @@ from typing import Any, BinaryIO
 from cogcache.cache import tar
 from cogcache.cache.files import AppendFile, remove, rename, storage_errors, sync_folder, write_atomic
 from cogcache.cache.format import Entry, EntryRecord, ShardRecord
-from cogcache.cache.handles import Handles
-from cogcache.cache.index import ShardIndex, build_index, check_key, parse_index
+from cogcache.cache.index import Members, ShardIndex, build_index, check_key, parse_index
 from cogcache.cache.lines import parse_object, seal_line, unseal_line
+from cogcache.cache.storage import Storage
 from cogcache.errors import DamagedCacheError
 
 __all__ = ["TarShardReader", "TarShardWriter", "durable_keys"]
@@ -161,22 +160,22 @@ class TarShardReader:
     """One committed shard, read by offset.
 
     Args:
-        path: The tar file.
+        storage: Where the cache is.
+        name: The tar file, relative to the cache.
         index: Its parsed index.
-        handles: Open files, shared by all shards of a cache.
 
     Raises:
         DamagedCacheError: if the file is missing, of another size, or has entries of another form.
     """
 
-    def __init__(self, path: Path, index: ShardIndex, handles: Handles) -> None:
-        self._path, self._entries, self._handles = path, index.entries, handles
+    def __init__(self, storage: Storage, name: str, index: ShardIndex) -> None:
+        self._storage, self._name, self._entries = storage, name, index.entries
         self._bytes, self._sha256 = index.bytes, index.sha256
-        self.name = path.stem
+        self.name = Path(name).stem
         for key, members in self._entries.items():
             if len(members) != _MEMBERS or (members[0][0], members[1][0]) != tar.member_names(key):
                 raise self._damaged(f"entry {key} has other members than tensors and facts")
-        if not path.is_file() or path.stat().st_size != self._bytes:
+        if storage.size(name) != self._bytes:
             raise self._damaged("it is missing or its size has changed")
 
     def __iter__(self) -> Iterator[str]:
@@ -184,12 +183,12 @@ class TarShardReader:
         return iter(self._entries)
 
     def read(self, key: str) -> Entry:
-        """Read one entry: one ``pread`` and one CRC-32 per member.
+        """Read one entry and check the CRC-32 of each member.
 
         Raises:
             DamagedCacheError: if a byte differs from what was written.
         """
-        tensors, facts = (self._member(*member) for member in self._entries[key])
+        tensors, facts = self._members(self._entries[key])
         try:
             return tar.unpack(key, tensors, facts)
         except ValueError as error:
@@ -201,8 +200,8 @@ class TarShardReader:
         Raises:
             DamagedCacheError: if a byte differs from what was written.
         """
-        tensors, facts = self._entries[key]
-        return self._member(*tensors), self._member(*facts)
+        tensors, facts = self._members(self._entries[key])
+        return tensors, facts
 
     def facts(self, key: str) -> dict[str, Any]:
         """The facts of an entry, without reading its tensors.
@@ -211,18 +210,17 @@ class TarShardReader:
             DamagedCacheError: if a byte differs from what was written.
         """
         try:
-            return parse_object(self._member(*self._entries[key][1]))
+            return parse_object(*self._members(self._entries[key][1:]))
         except ValueError as error:
             raise self._damaged(f"entry {key}: {error}") from None
 
-    def _member(self, name: str, offset: int, size: int, crc32: int) -> bytes:
+    def _members(self, members: Members) -> list[bytes]:
         try:
-            data = self._handles.pread(self._path, offset, size)
+            return self._storage.members(self._name, self._sha256, members)
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
         except OSError as error:
-            raise self._damaged(f"member {name} cannot be read: {error.strerror}") from error
-        if len(data) != size or zlib.crc32(data) != crc32:
-            raise self._damaged(f"member {name} does not match its checksum")
-        return data
+            raise self._damaged(f"member {members[0][0]} cannot be read: {error.strerror}") from error
 
     def verify(self) -> None:
         """Hash the whole file.
@@ -232,7 +230,7 @@ class TarShardReader:
         """
         known, offset = hashlib.sha256(), 0
         try:
-            while data := self._handles.pread(self._path, offset, _CHUNK):
+            while data := self._storage.pread(self._name, offset, _CHUNK):
                 known.update(data)
                 offset += len(data)
         except OSError as error:
@@ -241,7 +239,8 @@ class TarShardReader:
             raise self._damaged("its bytes are not those that were committed")
 
     def _damaged(self, what: str) -> DamagedCacheError:
+        path = self._storage.root / self._name
         return DamagedCacheError(
-            f"{self._path} is damaged: {what}.",
-            f"Delete {self._path.stem}.* in {self._path.parent} and run encode again: it remakes just that.",
+            f"{path} is damaged: {what}.",
+            f"Delete {path.stem}.* in {path.parent} and run encode again: it remakes just that.",
         )

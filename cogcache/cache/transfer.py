@@ -27,6 +27,7 @@ from cogcache.cache.names import parse_shard
 from cogcache.cache.reader import CacheReader
 from cogcache.cache.writer import CacheWriter
 from cogcache.errors import CacheError, MismatchError
+from cogcache.location import Location
 from cogcache.progress import Progress
 
 __all__ = ["choose", "export_shards", "merge_shards"]
@@ -123,7 +124,7 @@ def merge_shards(out: Path, shards: Sequence[Path]) -> Manifest:
     readers = [CacheReader(root) for root in shards]
     for first, second in pairwise(readers):
         _check_joinable(first, second)
-    rows: dict[str, tuple[SampleRecord, Path]] = {}
+    rows: dict[str, tuple[SampleRecord, Location]] = {}
     for reader in readers:
         for row in reader.samples:
             same, root = rows.setdefault(row.id, (row, reader.root))

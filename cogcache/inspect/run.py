@@ -13,6 +13,7 @@ from cogcache.config_io import read_yaml
 from cogcache.errors import ConfigError
 from cogcache.inspect.gather import gather
 from cogcache.inspect.table import as_text, size_text
+from cogcache.location import Location
 from cogcache.progress import say
 
 __all__ = ["inspect_shards"]
@@ -63,8 +64,10 @@ def inspect_shards(
     return report
 
 
-def _recorded_root(root: Path) -> Path | None:
-    """The data root that the last encode was given, as it was given."""
+def _recorded_root(root: Location) -> Path | None:
+    """The data root that the last encode was given, as it was given; not known of a cache at a URL."""
+    if not isinstance(root, Path):
+        return None
     try:
         value = read_yaml(root / "encode.config.yaml").get("data_root")
     except ConfigError:

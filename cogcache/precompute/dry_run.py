@@ -21,6 +21,7 @@ from cogcache.cache.format import (
 )
 from cogcache.cache.identity import check_same, read_identity
 from cogcache.cache.journal import Journal
+from cogcache.cache.storage import LocalStorage
 from cogcache.cache.tables import read_manifest, read_table
 from cogcache.config import EncodeConfig
 from cogcache.errors import CacheError
@@ -103,9 +104,10 @@ def _before(settings: EncodeSettings) -> _Before:
             before.durable[name] = folder.durable_keys()
     before.reasons = {key: reason for (_, key), reason in Journal(root / JOURNAL_FILE).reasons().items()}
     try:
-        manifest = read_manifest(root)
-        rows = read_table(root, manifest, SAMPLES_FILE, SampleRecord)
-        lost = read_table(root, manifest, FAILURES_FILE, FailureRecord)
+        storage = LocalStorage(root)
+        manifest = read_manifest(storage)
+        rows = read_table(storage, manifest, SAMPLES_FILE, SampleRecord)
+        lost = read_table(storage, manifest, FAILURES_FILE, FailureRecord)
     except CacheError:
         return before  # not finished, or written anew by the run
     before.samples, before.failures = {row.id: row for row in rows}, {row.id: row for row in lost}

@@ -1,0 +1,111 @@
+"""What a reader needs of the place where a cache is: small files, sizes, and ranges of bytes.
+
+Names are relative to the cache, with ``/``, and never come from a file unchecked (:mod:`cogcache.cache.names`).
+"""
+
+from __future__ import annotations
+
+import errno
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from cogcache.cache.handles import Handles
+from cogcache.cache.index import Member
+from cogcache.errors import CacheError
+from cogcache.location import Location, Url
+
+__all__ = ["LocalStorage", "Storage", "checked", "open_storage"]
+
+
+class Storage(Protocol):
+    """One cache's files. Thread-safe; survives fork and pickling.
+
+    Attributes:
+        root: Folder or URL of the cache.
+    """
+
+    root: Location
+
+    def read(self, name: str) -> bytes:
+        """A small file, whole.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            OSError: if it cannot be read.
+        """
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none, or what is there is no regular file."""
+
+    def pread(self, name: str, offset: int, size: int) -> bytes:
+        """Up to ``size`` bytes from ``offset``; fewer only at the end of the file.
+
+        Raises:
+            OSError: if it cannot be read.
+        """
+
+    def members(self, name: str, version: str, members: Sequence[Member]) -> list[bytes]:
+        """The contents of members of a data file, each whole and with the right CRC-32.
+
+        Args:
+            version: sha256 of the data file: what was read once may be kept under it.
+
+        Raises:
+            ValueError: naming the member whose bytes are others.
+            OSError: if it cannot be read.
+        """
+
+
+class LocalStorage:
+    """A folder of this machine. Files that are read by offset stay open."""
+
+    def __init__(self, root: Path) -> None:
+        self.root: Location = root
+        self._folder, self._handles = root, Handles()
+        self._prefix = f"{root}/"
+
+    def read(self, name: str) -> bytes:
+        """As :meth:`Storage.read`."""
+        path = self._folder / name
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return path.read_bytes()
+
+    def size(self, name: str) -> int | None:
+        """As :meth:`Storage.size`."""
+        path = self._folder / name
+        return path.stat().st_size if path.is_file() else None
+
+    def pread(self, name: str, offset: int, size: int) -> bytes:
+        """As :meth:`Storage.pread`."""
+        return self._handles.pread(self._prefix + name, offset, size)
+
+    def members(self, name: str, version: str, members: Sequence[Member]) -> list[bytes]:
+        """As :meth:`Storage.members`: one ``pread`` each."""
+        _ = version
+        return [checked(member, self.pread(name, member[1], member[2])) for member in members]
+
+
+def checked(member: Member, data: bytes) -> bytes:
+    """``data`` if these are all bytes of the member.
+
+    Raises:
+        ValueError: if not.
+    """
+    name, _, size, crc32 = member
+    if len(data) != size or zlib.crc32(data) != crc32:
+        raise ValueError(f"member {name} does not match its checksum")
+    return data
+
+
+def open_storage(root: Location) -> Storage:
+    """The storage for a folder or URL; nothing is read yet.
+
+    Raises:
+        CacheError: if the URL cannot be read.
+    """
+    if isinstance(root, Url):
+        raise CacheError(f"{root} cannot be read: only folders can.", "Copy the cache here first.")
+    return LocalStorage(root.absolute())
