@@ -1,12 +1,13 @@
-"""What a check of a cache finds, and how it is told."""
+"""What a check of a cache finds, how it is told, and what to do about a damaged shard."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Damage", "Report"]
+__all__ = ["Damage", "Report", "mend_hint"]
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,11 @@ class Report:
             *decoded,
             *(f"note     {fact}" for fact in self.facts),
         ]
+
+
+def mend_hint(folder: Path, shard: str) -> str:
+    """What a user does about a damaged shard in the folder of its series."""
+    return (
+        f"Run 'cogcache verify {folder.parent} --repair', which keeps what is good of it, then encode again. "
+        f"Or delete {shard}.* in {folder} and run encode again: it remakes all of that shard."
+    )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from cogcache.cache.damage import mend_hint
 from cogcache.cache.files import FileLock, make_folder, remove, write_atomic
 from cogcache.cache.format import Fingerprint
 from cogcache.cache.index import ShardIndex, check_key, parse_index
@@ -88,7 +89,7 @@ class SeriesFolder:
     def _damaged(self, path: Path, name: str, error: Exception) -> DamagedCacheError:
         return DamagedCacheError(
             f"{path} is damaged: {error}.",
-            f"Delete {name}.* in {self.path} and run encode again: it remakes just that.",
+            mend_hint(self.path, name),
         )
 
     def durable(self, name: str) -> list[str]:

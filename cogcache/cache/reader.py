@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cogcache.cache.backend import ShardReader
+from cogcache.cache.damage import mend_hint
 from cogcache.cache.files import storage_errors
 from cogcache.cache.format import (
     FAILURES_FILE,
@@ -97,7 +98,7 @@ class CacheReader:
         except (OSError, ValueError) as error:
             raise DamagedCacheError(
                 f"{self.root / name} is missing or damaged: {error}.",
-                f"Delete {record.name}.* in {self.root / series} and run encode again: it remakes just that.",
+                mend_hint(self.root / series, record.name),
             ) from None
         return TarShardReader(self._storage, f"{series}/{record.name}.tar", index)
 

@@ -8,7 +8,7 @@ which nothing vouches any more (index and manifest both lost): those are taken a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,9 @@ def repair_cache(
             remove(root / MANIFEST_FILE)  # it names what will not be there any more
         for finding in changed:
             _set_aside(root, finding)
-    for folder in folders.values():
-        _take_good(root, folder, result)
+    writer = CacheWriter.open(root, identity)
+    for series in folders:
+        _take_good(root, writer, series, result)
     _mend_tables(checked, identity, advance, result)
     if any(damage.file == JOURNAL_FILE for damage in checked.report.damages):
         _mend_journal(root, result)
@@ -171,20 +172,22 @@ def _set_aside(root: Path, finding: ShardFinding) -> None:
         rename(tar, tar.with_suffix(".tar.damaged"))
 
 
-def _take_good(root: Path, folder: SeriesFolder, result: Repaired) -> None:
+def _take_good(root: Path, writer: CacheWriter, series: str, result: Repaired) -> None:
     """Move the good entries of all shards set aside, now or by a repair that was stopped, into new ones."""
-    for listed in sorted(folder.path.glob("*.index.damaged")):
+    folder = root / series
+    for listed in sorted(folder.glob("*.index.damaged")):
         name = listed.name.removesuffix(".index.damaged")
-        data = folder.path / f"{name}.tar.damaged"
-        if not data.exists() and (folder.path / f"{name}.tar").exists():
-            with cache_lock(root):
-                rename(folder.path / f"{name}.tar", data)
-        records = _listed(listed)
-        with cache_lock(root):
-            settled = folder.settled_keys()
-        wanted = [record for record in records if record.key not in settled]
-        group = parse_shard(name, folder.series).group_text
-        kept = _copy(root, folder, data, wanted, group) if wanted else 0
+        data = folder / f"{name}.tar.damaged"
+        tar = folder / f"{name}.tar"
+        if tar.exists() and not data.exists() and not (folder / f"{name}.index.jsonl").exists():
+            with cache_lock(root):  # with an index, it is the new shard, which took the number
+                rename(tar, data)
+        records = {record.key: record for record in _listed(listed)}
+        if records and data.exists():
+            _copy(writer, series, data, records)
+        if writer.busy():
+            raise CacheError(f"another process is filling {root}.", "Wait for it to end, then repair.")
+        kept = len(records.keys() & writer.committed(series))
         with cache_lock(root):
             remove(data, listed)
         result.done.append(f"{name} was damaged: {kept} good entries were kept, the others dropped")
@@ -203,30 +206,20 @@ def _listed(path: Path) -> list[EntryRecord]:
     ]
 
 
-def _copy(root: Path, folder: SeriesFolder, data: Path, records: Sequence[EntryRecord], group: str) -> int:
-    """Entries copied, byte for byte, into a new shard."""
-    with cache_lock(root):
-        (name,) = folder.add_plans([record.key for record in records], len(records), group)
-        claim = folder.claim(name)
-    if claim is None:
-        raise CacheError(f"another process is filling {root}.", "Wait for it to end, then repair.")
-    copied = 0
-    with claim, data.open("rb") as stream:
-        shard = folder.open_shard(name)
-        for record in records:
-            contents = read_contents(stream, record, data.stat().st_size)
-            if contents is not None:
-                shard.copy(record.key, contents)
-                copied += 1
-        if copied:
-            shard.seal()
-        with cache_lock(root):
-            if copied:
-                shard.commit()
-            else:
-                shard.discard()
-            folder.drop_plan(name)
-    return copied
+def _copy(writer: CacheWriter, series: str, data: Path, records: Mapping[str, EntryRecord]) -> None:
+    """Entries copied, byte for byte, into shards that the next repair finishes if this one is stopped."""
+    writer.plan(series, list(records), len(records), parse_shard(data.name.split(".")[0], series).group_text)
+    with data.open("rb") as stream:
+        size = data.stat().st_size
+        for job in writer.jobs(series, records):
+            with job:
+                for key in job.remaining:
+                    contents = read_contents(stream, records[key], size)
+                    if contents is None:
+                        job.fail(key, data.name, "damaged")
+                    else:
+                        job.copy(key, contents)
+                job.finish()
 
 
 def _mend_tables(

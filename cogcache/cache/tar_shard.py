@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cogcache.cache import tar
+from cogcache.cache.damage import mend_hint
 from cogcache.cache.files import AppendFile, remove, rename, storage_errors, sync_folder, write_atomic
 from cogcache.cache.format import Entry, EntryRecord, ShardRecord
 from cogcache.cache.index import Members, ShardIndex, build_index, check_key, parse_index
@@ -242,5 +243,5 @@ class TarShardReader:
         path = self._storage.root / self._name
         return DamagedCacheError(
             f"{path} is damaged: {what}.",
-            f"Delete {path.stem}.* in {path.parent} and run encode again: it remakes just that.",
+            mend_hint(path.parent, path.stem),
         )
