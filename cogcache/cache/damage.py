@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
+
+from cogcache.location import Location, Url
 
 __all__ = ["Damage", "Report", "mend_hint"]
 
@@ -71,8 +72,10 @@ class Report:
         ]
 
 
-def mend_hint(folder: Path, shard: str) -> str:
+def mend_hint(folder: Location, shard: str) -> str:
     """What a user does about a damaged shard in the folder of its series."""
+    if isinstance(folder, Url):
+        return "Copy the cache there again; if it was damaged before, run 'cogcache verify --repair' on it first."
     return (
         f"Run 'cogcache verify {folder.parent} --repair', which keeps what is good of it, then encode again. "
         f"Or delete {shard}.* in {folder} and run encode again: it remakes all of that shard."
