@@ -16,6 +16,7 @@ import typer
 import typer.main
 from typer.core import TyperGroup
 
+from cogcache.bench.commands import bench_app
 from cogcache.errors import CogcacheError
 
 if TYPE_CHECKING:
@@ -292,6 +293,9 @@ def _merge(
 
     manifest = merge_shards(out, shards)
     typer.echo(f"Wrote {out}: {manifest.tables['samples.jsonl'].rows} clips")
+
+
+app.add_typer(bench_app, name="bench")
 
 
 @app.command("demo")

@@ -1,0 +1,99 @@
+"""What the bench commands do: make what is measured, measure, tell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Table
+
+from cogcache.bench.facts import machine_facts
+from cogcache.bench.load import Reading, Waiting, measure_reads, measure_wait, write_files
+from cogcache.bench.random_cache import random_cache, real_variant
+from cogcache.cache.files import make_folder, storage_errors
+from cogcache.cache.format import MANIFEST_FILE
+from cogcache.cache.reader import CacheReader
+from cogcache.errors import ConfigError
+from cogcache.progress import console
+from cogcache.tiny import Family
+
+__all__ = ["bench_load"]
+
+FORMATS = ("webdataset",)
+
+
+def bench_load(
+    *,
+    family: Family,
+    clips: int,
+    workers: str,
+    work: Path,
+    url: str | None,
+    repeats: int,
+    steps: int,
+    cold: bool,
+    json_out: Path | None,
+) -> None:
+    """Measure reads and waiting, print two tables, and write them as JSON where asked.
+
+    Raises:
+        ConfigError: if ``workers`` is not a list of positive numbers.
+        CacheError, StorageError: if a cache cannot be written or read.
+    """
+    threads = _numbers(workers)
+    variant = real_variant(family)
+    caches = {}
+    for form in FORMATS:
+        root = work / f"{family}-{clips}-{form}"
+        if not (root / MANIFEST_FILE).exists():
+            random_cache(root, family, clips, variant)
+        caches[form] = CacheReader(root)
+    if url is not None:
+        caches[url] = CacheReader(Path(url))
+    files = write_files(caches[FORMATS[0]], work / f"{family}-{clips}-files")
+    readings = measure_reads(caches, files, threads, repeats=repeats, cold=cold)
+    waits = {name: [measure_wait(cache, count, steps) for count in threads] for name, cache in caches.items()}
+    facts = machine_facts()
+    _tell(readings, waits, facts)
+    if json_out is not None:
+        result = {
+            "facts": facts,
+            "family": family,
+            "clips": clips,
+            "reads": [asdict(reading) for reading in readings],
+            "waiting": {name: [asdict(wait) for wait in found] for name, found in waits.items()},
+        }
+        make_folder(json_out.absolute().parent)
+        with storage_errors(json_out):
+            json_out.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise ConfigError(f"--workers {text!r:.60}: give numbers of 1 or more, as 1,2,4.")
+    return numbers
+
+
+def _tell(readings: Sequence[Reading], waits: dict[str, list[Waiting]], facts: dict[str, object]) -> None:
+    out = console()
+    out.print(f"{facts['cpu']}, {facts['cores']} cores, commit {facts['commit']}", markup=False)
+    table = Table("order", "from", "threads", "way", "samples/s", "MB/s", "of raw")
+    for one in readings:
+        share = f"{one.share_of_raw:.0%}" if one.share_of_raw is not None else ""
+        source = "disk" if one.cold else "memory"
+        figures = f"{one.samples_per_s:.1f}", f"{one.mb_per_s:.0f}"
+        table.add_row(one.order, source, str(one.workers), one.way, *figures, share)
+    out.print(table)
+    table = Table("cache", "threads", "steps/s", "waited for data", "longest wait", "CPU a step")
+    for name, found in waits.items():
+        for wait in found:
+            figures = f"{wait.waited_share:.2%}", f"{wait.longest_wait_ms:.1f} ms"
+            cpu = f"{wait.cpu_s_per_step * 1e3:.0f} ms"
+            table.add_row(name, str(wait.workers), f"{wait.steps_per_s:g}", *figures, cpu)
+    out.print(table)
