@@ -1,67 +1,134 @@
-"""What a shard backend must provide: two small protocols, one per direction.
+"""What a backend must provide: how the entries of a shard lie in its data file, and what that file is called.
 
-Planning, claiming, committing tables and the manifest know nothing of how a shard stores its entries; a
-backend knows nothing of plans and manifests. A backend owns the files of one shard name in the series
-folder: while open for writing, names ending in ``.part``; once committed, its data and its index.
+Planning, appending durably, committing and recovering are the same for all (:mod:`cogcache.cache.shard`); a backend
+turns entries into bytes and back. Every entry has two members, ranges of bytes in the data file: first its tensors,
+then its facts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, get_args
 
-from cogcache.cache.format import Entry, ShardRecord
+from cogcache.cache.format import BackendName, Entry, EntryRecord
+from cogcache.cache.stored import Contents
 
-__all__ = ["ShardReader", "ShardWriter"]
+__all__ = ["BACKENDS", "DAMAGED", "PART", "Backend", "Layout", "backend_of", "data_files"]
+
+PART = ".part"
+"""Behind the name of a data file that is being filled."""
+DAMAGED = ".damaged"
+"""Behind the name of a data file that a repair has set aside."""
 
 
-class ShardWriter(Protocol):
-    """One shard being filled. Opening it takes up whatever a killed process left, or begins anew.
+class Layout(Protocol):
+    """The bytes of one shard's data file: a head, the entries one directly after another, an end.
 
-    Only the holder of the shard's lock may open it. After any error it must be closed and opened again.
+    The first entry seen may decide what the others must be like, so entries are given in the order of the shard.
+
+    Attributes:
+        file: Name of the data file, relative to the folder of the series.
+        head: First bytes of the file.
     """
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Keys of the entries that are durable, in the order they were appended."""
+    file: str
+    head: bytes
 
-    def append(self, entry: Entry) -> None:
-        """Add an entry; durable on return."""
+    def pack(self, entry: Entry, start: int) -> tuple[bytes, EntryRecord]:
+        """The bytes of an entry that begins at byte ``start``, and its record.
 
-    def copy(self, key: str, contents: tuple[bytes, bytes]) -> None:
-        """:meth:`append` for an entry as it is stored: the bytes of its tensors and of its facts."""
+        Raises:
+            CacheError: if such an entry cannot be in this shard.
+        """
 
-    def seal(self) -> None:
-        """Do the slow part of finishing: all bytes of the shard durable, nothing committed yet."""
+    def pack_contents(self, key: str, contents: Contents, start: int) -> tuple[bytes, EntryRecord]:
+        """As :meth:`pack`, from an entry's bytes as :mod:`cogcache.cache.stored` spells them."""
 
-    def commit(self) -> ShardRecord:
-        """Commit the sealed shard; the caller holds the cache lock."""
+    def entry_size(self, record: EntryRecord) -> int:
+        """Bytes that an entry takes up in the file."""
 
-    def discard(self) -> None:
-        """Remove an empty shard's files; the caller holds the cache lock."""
+    def is_entry(self, record: EntryRecord, data: bytes, start: int) -> bool:
+        """Whether ``data``, which begins at byte ``start`` of the file, is exactly the recorded entry."""
 
-    def close(self) -> None:
-        """Close files; what is durable stays. Twice does no harm."""
+    def end(self, records: Sequence[EntryRecord]) -> bytes:
+        """The bytes behind the last entry."""
+
+    def publish(self, entries: int) -> None:
+        """Tell other programs of the shard, whose data file is in place: after this, its index is written.
+
+        The caller holds the cache lock.
+        """
 
 
-class ShardReader(Protocol):
-    """One committed shard. Thread-safe; survives fork and pickling."""
+class Backend(Protocol):
+    """One way to store shards. Without state."""
 
-    @property
-    def name(self) -> str:
-        """Shard name without suffix."""
+    def data_file(self, shard: str) -> str:
+        """Name of the data file of a shard, relative to the folder of its series, with ``/``."""
 
-    def __iter__(self) -> Iterator[str]:
-        """Keys of all entries, in shard order."""
+    def shard_of(self, series: str, file: str) -> str | None:
+        """The shard whose data file this is, relative to the folder of the series; None if it is none."""
 
-    def read(self, key: str) -> Entry:
-        """Read one entry and check every byte of it against its checksum."""
+    def layout(self, folder: Path, shard: str, facts: dict[str, Any], slots: int) -> Layout:
+        """The bytes of a shard.
 
-    def contents(self, key: str) -> tuple[bytes, bytes]:
-        """An entry as it is stored, checked: the bytes of its tensors and of its facts."""
+        Args:
+            folder: Folder of the series.
+            facts: What the shard says of itself, :func:`cogcache.cache.stored.head_facts`.
+            slots: Most entries that a shard of its group may hold.
+        """
 
-    def facts(self, key: str) -> dict[str, Any]:
-        """The facts of an entry, checked, without reading its tensors."""
+    def member_names(self, key: str) -> tuple[str, str]:
+        """Names of the two members of an entry, as an index spells them."""
 
-    def verify(self) -> None:
-        """Read the whole shard and check it against the manifest's hash."""
+    def unpack(self, key: str, members: Sequence[bytes]) -> Entry:
+        """The entry whose members hold these bytes.
+
+        Raises:
+            ValueError: if they hold none.
+        """
+
+    def contents(self, key: str, members: Sequence[bytes]) -> Contents:
+        """As :meth:`unpack`, as bytes in the spelling of :mod:`cogcache.cache.stored`; every checksum is checked."""
+
+    def facts(self, key: str, member: bytes) -> dict[str, Any]:
+        """The facts, from the second member alone. Raises as :meth:`unpack` does."""
+
+    def read_head(self, stream: BinaryIO, size: int) -> dict[str, Any]:
+        """What a data file of ``size`` bytes says of itself.
+
+        Raises:
+            ValueError: if it does not begin like a shard.
+        """
+
+    def walk(self, stream: BinaryIO, size: int, start: int) -> Iterator[EntryRecord]:
+        """Records of the entries from byte ``start`` on, as the data file itself tells them.
+
+        Raises:
+            ValueError: where it does not go on like a shard.
+        """
+
+
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+"""Names of all backends."""
+
+
+def backend_of(name: str) -> Backend:
+    """The backend that an identity or a manifest names."""
+    from cogcache.cache.tar import TarBackend
+
+    return {"webdataset": TarBackend}[name]()
+
+
+def data_files(backend: Backend, folder: Path) -> Iterator[tuple[str, str, Path]]:
+    """Data files in the folder of a series: shard, what is behind the name (:data:`PART`, :data:`DAMAGED` or nothing),
+    and path; in no order.
+    """
+    below = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    for path in (path for place in (folder, *below) for path in place.iterdir()):
+        name = path.relative_to(folder).as_posix()
+        tail = next((tail for tail in (PART, DAMAGED) if name.endswith(tail)), "")
+        shard = backend.shard_of(folder.name, name.removesuffix(tail))
+        if shard is not None:
+            yield shard, tail, path

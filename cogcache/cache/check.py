@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cogcache.cache.backend import DAMAGED, PART, data_files
 from cogcache.cache.contents import Expectation
 from cogcache.cache.damage import Damage, Report
 from cogcache.cache.files import storage_errors
@@ -35,9 +36,10 @@ __all__ = ["Checked", "check_cache", "needs_of"]
 _TOP = {IDENTITY_FILE, MANIFEST_FILE, SAMPLES_FILE, FAILURES_FILE, VALIDATION_FILE, JOURNAL_FILE, ".lock"}
 _SETTINGS = "encode.config.yaml"
 _SHARD_FILE = re.compile(
-    r"\.?([a-z0-9_]+(?:-[0-9x]+){1,2})\.(tar|index\.jsonl|plan\.json|lock|tar\.part|index\.part|tar\.damaged|index\.damaged)"
+    r"\.?([a-z0-9_]+(?:-[0-9x]+){1,2})\.(index\.jsonl|plan\.json|lock|index\.part|index\.damaged)"
 )
-_UNFINISHED = ("plan.json", "lock", "tar.part", "index.part")
+_SET_ASIDE = "was set aside by a repair that was stopped; repair again"
+_UNFINISHED = ("plan.json", "lock", "index.part")
 
 
 @dataclass
@@ -98,7 +100,7 @@ def _shards(seen: Survey, advance: Callable[[int], object]) -> list[ShardFinding
             continue
         for name in shards.names:
             record = shards.named.get(name)
-            findings.append(examine(seen.root / series, name, record, expected, advance))
+            findings.append(examine(seen.root / series, name, record, expected, seen.backend, advance))
     return findings
 
 
@@ -126,7 +128,7 @@ def _references(seen: Survey, findings: list[ShardFinding], report: Report) -> N
             if other != finding.name:
                 what = f"an entry that is in {other} too"
                 report.damages.append(
-                    Damage(f"{finding.series}/{finding.name}.tar", what, finding.name, record.key)
+                    Damage(f"{finding.series}/{finding.file}", what, finding.name, record.key)
                 )
     unread = {finding.series for finding in findings if finding.damages}
     needs = [(SAMPLES_FILE, *need) for row in seen.samples or () for need in needs_of(row)]
@@ -185,28 +187,39 @@ def _journal(root: Path, report: Report) -> None:
 
 def _strangers(seen: Survey, findings: list[ShardFinding], report: Report) -> None:
     """Files that belong to nothing, and entries that no sample uses."""
-    unfinished, known = set(), {finding.name for finding in findings}
+    unfinished, ours = _data_strangers(seen, findings, report)
     for path in sorted(seen.root.rglob("*")):
-        if path.is_dir():
-            continue
         name = path.relative_to(seen.root).as_posix()
-        match = _SHARD_FILE.fullmatch(path.name)
-        if name in _TOP or name == _SETTINGS:
+        if path.is_dir() or path in ours or name in _TOP or name == _SETTINGS:
             continue
+        match = _SHARD_FILE.fullmatch(path.name)
         if match and path.parent.parent == seen.root and match[1].split("-")[0] == path.parent.name:
             if match[2] in _UNFINISHED:
                 unfinished.add(match[1])
-            elif match[2] == "tar" and match[1] not in known and not path.with_suffix(".plan.json").exists():
-                report.facts.append(f"{name} has no index, so it is no part of the cache; it can be deleted")
             elif match[2].endswith("damaged"):
-                report.facts.append(f"{name} was set aside by a repair that was stopped; repair again")
-            continue
-        if name.endswith((".tmp", ".next")) or ".dropped/" in name:
+                report.facts.append(f"{name} {_SET_ASIDE}")
+        elif name.endswith((".tmp", ".next")) or ".dropped/" in name:
             report.facts.append(f"{name} was left by a run that was stopped; the next encode clears it away")
         else:
             report.facts.append(f"{name} does not belong to the cache")
     report.facts += [f"shard {name} is not finished; encode goes on with it" for name in sorted(unfinished)]
     _unused(seen, findings, report)
+
+
+def _data_strangers(seen: Survey, findings: list[ShardFinding], report: Report) -> tuple[set[str], set[Path]]:
+    """Unfinished shards that have a data file, and all data files; says which of them belong to nothing."""
+    unfinished, ours, known = set[str](), set[Path](), {finding.name for finding in findings}
+    for folder in sorted(seen.root / series for series in seen.shards if (seen.root / series).is_dir()):
+        for shard, tail, path in sorted(data_files(seen.backend, folder)):
+            ours.add(path)
+            name = path.relative_to(seen.root).as_posix()
+            if tail == PART:
+                unfinished.add(shard)
+            elif tail == DAMAGED:
+                report.facts.append(f"{name} {_SET_ASIDE}")
+            elif shard not in known and not (folder / f"{shard}.plan.json").exists():
+                report.facts.append(f"{name} has no index, so it is no part of the cache; it can be deleted")
+    return unfinished, ours
 
 
 def _unused(seen: Survey, findings: list[ShardFinding], report: Report) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cogcache.cache import tar
 from cogcache.cache.format import (
     IMAGES,
     LATENTS,
@@ -21,6 +20,7 @@ from cogcache.cache.format import (
     canonical_json,
     entry_key,
 )
+from cogcache.cache.stored import Contents, entry_of
 from cogcache.geometry import parse_size
 from cogcache.variants import Variant
 
@@ -66,10 +66,10 @@ class Expectation:
         return 0, length, picture.height // factor, picture.width // factor
 
 
-def content_fault(expected: Expectation, key: str, contents: tuple[bytes, bytes]) -> str:
-    """What is wrong with the contents of an entry's two members; empty if nothing is."""
+def content_fault(expected: Expectation, key: str, contents: Contents) -> str:
+    """What is wrong with an entry, given as bytes; empty if nothing is."""
     try:
-        entry = tar.unpack(key, *contents)
+        entry = entry_of(key, contents)
     except ValueError as error:
         return str(error)
     if canonical_json(dict(entry.facts)).encode() != contents[1]:

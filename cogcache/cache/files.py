@@ -108,14 +108,14 @@ def rename(source: Path, target: Path) -> None:
 
 
 def remove(*paths: Path) -> None:
-    """Remove files, in this order, where they exist; durable on return. All in one folder."""
-    gone = False
+    """Remove files, in this order, where they exist; durable on return."""
+    gone: list[Path] = []
     for path in paths:
         with storage_errors(path), suppress(FileNotFoundError):
             os.unlink(path)  # noqa: PTH108
-            gone = True
-    if gone:
-        sync_folder(paths[0].parent)
+            gone.append(path.parent)
+    for folder in dict.fromkeys(gone):
+        sync_folder(folder)
 
 
 def remove_tree(folder: Path) -> None:

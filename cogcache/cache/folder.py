@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from cogcache.cache.backend import PART, backend_of, data_files
 from cogcache.cache.damage import mend_hint
 from cogcache.cache.files import FileLock, make_folder, remove, write_atomic
-from cogcache.cache.format import Fingerprint
+from cogcache.cache.format import Identity
 from cogcache.cache.index import ShardIndex, check_key, parse_index
 from cogcache.cache.lines import dump_sealed, load_sealed
 from cogcache.cache.names import ShardName, check_series, parse_shard
-from cogcache.cache.tar import preamble
-from cogcache.cache.tar_shard import TarShardWriter, durable_keys
+from cogcache.cache.shard import ShardWriter, durable_keys
+from cogcache.cache.stored import head_facts
 from cogcache.errors import DamagedCacheError
-from cogcache.variants import Variant
 
 __all__ = ["SeriesFolder"]
 
@@ -28,10 +28,11 @@ __all__ = ["SeriesFolder"]
 class SeriesFolder:
     """The folder of one series."""
 
-    def __init__(self, root: Path, series: str, variant: Variant, fingerprint: Fingerprint) -> None:
+    def __init__(self, root: Path, identity: Identity, series: str) -> None:
         self.series = check_series(series)
         self.path = root / series
-        self._preamble = preamble(series, variant, fingerprint)
+        self._backend = backend_of(identity.backend)
+        self._facts = head_facts(series, identity.model.variant, identity.series[series])
         self._known: dict[str, ShardIndex] = {}
         make_folder(self.path)
 
@@ -61,7 +62,7 @@ class SeriesFolder:
             DamagedCacheError: if it is cut or changed, or the shard is missing or of another size.
         """
         if name not in self._known:
-            path, data = self.path / f"{name}.index.jsonl", self.path / f"{name}.tar"
+            path, data = self.path / f"{name}.index.jsonl", self.data(name)
             try:
                 index = parse_index(path.read_bytes())
                 if not data.is_file() or data.stat().st_size != index.bytes:
@@ -70,6 +71,10 @@ class SeriesFolder:
                 raise self._damaged(path, name, error) from None
             self._known[name] = index
         return self._known[name]
+
+    def data(self, name: str) -> Path:
+        """The data file of a committed shard."""
+        return self.path / self._backend.data_file(name)
 
     def plan(self, name: str) -> tuple[str, ...]:
         """The keys planned for an unfinished shard, in order.
@@ -94,7 +99,7 @@ class SeriesFolder:
 
     def durable(self, name: str) -> list[str]:
         """Keys of an unfinished shard that are on disk already."""
-        return durable_keys(self.path, name)
+        return durable_keys(self.path, name, self._backend.data_file(name))
 
     def committed_keys(self) -> set[str]:
         """Keys of all entries in committed shards."""
@@ -118,7 +123,8 @@ class SeriesFolder:
         Args:
             group: Shape that the entries share, ``"49x480x720"``; shards are numbered within it.
         """
-        used = [parse_shard(name) for s in ("tar", "index.jsonl", "plan.json") for name in self._names(s)]
+        used = [parse_shard(name) for s in ("index.jsonl", "plan.json") for name in self._names(s)]
+        used += [parse_shard(name) for name, tail, _ in data_files(self._backend, self.path) if not tail]
         first = max((name.number for name in used if name.group_text == group), default=-1) + 1
         made = []
         for number, start in enumerate(range(0, len(keys), entries_per_shard), first):
@@ -132,9 +138,10 @@ class SeriesFolder:
         """Take the lock of an unfinished shard; None while another holds it."""
         return FileLock.acquire(self.path / f".{name}.lock", wait=False)
 
-    def open_shard(self, name: str) -> TarShardWriter:
+    def open_shard(self, name: str) -> ShardWriter:
         """Open a claimed shard for writing, where a killed process left it."""
-        return TarShardWriter(self.path, name, self._preamble, self.plan(name))
+        layout = self._backend.layout(self.path, name, self._facts, 0)
+        return ShardWriter(self.path, name, layout, self.plan(name))
 
     def drop_plan(self, name: str) -> None:
         """Remove the plan and the lock of a shard that is committed or came to nothing."""
@@ -143,9 +150,8 @@ class SeriesFolder:
     def sweep(self) -> None:
         """Remove what killed processes left and nobody needs."""
         done, planned = set(self.committed()), set(self.unfinished())
-        waste = [
-            f"{n}.{s}" for s in ("index.part", "tar.part", "plan.json") for n in self._names(s) if n in done
-        ]
+        remove(*(p for n, tail, p in data_files(self._backend, self.path) if tail == PART and n in done))
+        waste = [f"{n}.{s}" for s in ("index.part", "plan.json") for n in self._names(s) if n in done]
         waste += [f".{name}.lock" for name in self._names("lock") if name not in planned]
         waste += [f"{n}.{s}" for s in ("index.jsonl.tmp", "plan.json.tmp") for n in self._names(s)]
         remove(*(self.path / name for name in waste))

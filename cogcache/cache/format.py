@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMAT",
     "VERSION",
-    "Backend",
+    "BackendName",
     "Entry",
     "EntryRecord",
     "FailureRecord",
@@ -67,7 +67,9 @@ LATENTS = "latents"
 TEXT = "text"
 IMAGES = "images"
 
-Backend = Literal["webdataset"]
+BackendName = Literal["webdataset"]
+"""How shards are stored, :mod:`cogcache.cache.backend`."""
+
 Fingerprint = dict[str, Any]
 """Everything that determines the bytes of a series, as flat readable fields."""
 
@@ -104,7 +106,7 @@ class Identity(Record):
 
     format: Literal["cogcache"] = FORMAT
     version: Literal[1] = VERSION
-    backend: Backend = "webdataset"
+    backend: BackendName = "webdataset"
     model: ModelRecord
     series: dict[str, Fingerprint]
 
@@ -201,7 +203,7 @@ class Manifest(Record):
 
     format: Literal["cogcache"] = FORMAT
     version: Literal[1] = VERSION
-    backend: Backend = "webdataset"
+    backend: BackendName = "webdataset"
     model: ModelRecord
     series: dict[str, SeriesRecord]
     tables: dict[str, TableRecord]

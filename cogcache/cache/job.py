@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from types import TracebackType
 
-from cogcache.cache.backend import ShardWriter
 from cogcache.cache.files import FileLock
 from cogcache.cache.folder import SeriesFolder, after
 from cogcache.cache.format import Entry
 from cogcache.cache.journal import MAX_REASON, Journal
+from cogcache.cache.shard import ShardWriter
+from cogcache.cache.stored import Contents
 
 __all__ = ["ShardJob"]
 
@@ -58,7 +59,7 @@ class ShardJob:
         """
         self._add(entry.key, lambda: self._shard.append(entry))
 
-    def copy(self, key: str, contents: tuple[bytes, bytes]) -> None:
+    def copy(self, key: str, contents: Contents) -> None:
         """:meth:`append` for an entry as :meth:`CacheReader.contents` gave it, byte for byte."""
         self._add(key, lambda: self._shard.copy(key, contents))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cogcache.cache.backend import ShardReader
+from cogcache.cache.backend import backend_of
 from cogcache.cache.damage import mend_hint
 from cogcache.cache.files import storage_errors
 from cogcache.cache.format import (
@@ -21,9 +21,10 @@ from cogcache.cache.format import (
 )
 from cogcache.cache.index import parse_index
 from cogcache.cache.names import is_series, parse_shard
+from cogcache.cache.shard import ShardReader
 from cogcache.cache.storage import Storage, open_storage
+from cogcache.cache.stored import Contents
 from cogcache.cache.tables import read_manifest, read_table, read_validation
-from cogcache.cache.tar_shard import TarShardReader
 from cogcache.errors import CacheError, DamagedCacheError
 from cogcache.location import Location, parse_location
 
@@ -85,7 +86,7 @@ class CacheReader:
                     raise self._damaged(f"entry {key} is in two shards of {name}")
         return found
 
-    def _open_shard(self, series: str, record: ShardRecord) -> TarShardReader:
+    def _open_shard(self, series: str, record: ShardRecord) -> ShardReader:
         try:
             parse_shard(record.name, series)
         except ValueError as error:
@@ -100,7 +101,7 @@ class CacheReader:
                 f"{self.root / name} is missing or damaged: {error}.",
                 mend_hint(self.root / series, record.name),
             ) from None
-        return TarShardReader(self._storage, f"{series}/{record.name}.tar", index)
+        return ShardReader(self._storage, series, record.name, index, backend_of(self.manifest.backend))
 
     def _check_references(self) -> None:
         for row in self.samples:
@@ -132,8 +133,8 @@ class CacheReader:
         """The facts of one entry; its tensors are not read. Raises as :meth:`read` does."""
         return self._shard(series, key).facts(key)
 
-    def contents(self, series: str, key: str) -> tuple[bytes, bytes]:
-        """One entry as it is stored: the bytes of its tensors and of its facts. Raises as :meth:`read` does."""
+    def contents(self, series: str, key: str) -> Contents:
+        """One entry as bytes, as :mod:`cogcache.cache.stored` spells them. Raises as :meth:`read` does."""
         return self._shard(series, key).contents(key)
 
     def groups(self, series: str) -> dict[str, list[str]]:

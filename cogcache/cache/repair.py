@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cogcache.cache.backend import DAMAGED, PART, backend_of
 from cogcache.cache.check import Checked, check_cache, needs_of
 from cogcache.cache.files import remove, rename, write_atomic
 from cogcache.cache.folder import SeriesFolder
@@ -27,7 +28,6 @@ from cogcache.cache.format import (
     EntryRecord,
     FailureRecord,
     Identity,
-    MemberRecord,
     SampleRecord,
     entry_key,
 )
@@ -35,8 +35,8 @@ from cogcache.cache.identity import write_identity
 from cogcache.cache.index import parse_index
 from cogcache.cache.journal import Journal
 from cogcache.cache.lines import seal_line
-from cogcache.cache.names import parse_shard
-from cogcache.cache.shard_check import ShardFinding, read_contents
+from cogcache.cache.names import ShardName, parse_shard
+from cogcache.cache.shard_check import ShardFinding, read_contents, records_of
 from cogcache.cache.writer import CacheWriter, cache_lock, is_claimed
 from cogcache.errors import CacheError
 
@@ -74,10 +74,7 @@ def repair_cache(
     """
     root, result = checked.seen.root, Repaired()
     identity = _mend_identity(checked, model_id, result)
-    folders = {
-        series: SeriesFolder(root, series, identity.model.variant, fingerprint)
-        for series, fingerprint in identity.series.items()
-    }
+    folders = {series: SeriesFolder(root, identity, series) for series in identity.series}
     _condemn(checked)
     with cache_lock(root):
         _refuse_busy(root, folders)
@@ -87,7 +84,7 @@ def repair_cache(
         if changed:
             remove(root / MANIFEST_FILE)  # it names what will not be there any more
         for finding in changed:
-            _set_aside(root, finding)
+            _set_aside(root / finding.series, finding)
     writer = CacheWriter.open(root, identity)
     for series in folders:
         _take_good(root, writer, series, result)
@@ -126,8 +123,8 @@ def _condemn(checked: Checked) -> None:
         bad = [record for record in finding.good if (finding.series, record.key) in wrong]
         for record in bad:
             finding.good.remove(record)
-            finding.tar_whole = False
-            finding.add("tar", "it is not what its key says", record.key)
+            finding.data_whole = False
+            finding.damage("it is not what its key says", record.key)
 
 
 def _refuse_busy(root: Path, folders: dict[str, SeriesFolder]) -> None:
@@ -140,7 +137,8 @@ def _drop_plans(checked: Checked, folders: dict[str, SeriesFolder], result: Repa
     bad = {(d.file.split("/")[0], d.shard) for d in checked.report.damages if d.file.endswith(".plan.json")}
     for series, name in sorted(bad):
         path = checked.seen.root / series
-        remove(*(path / f"{name}.{suffix}" for suffix in ("tar.part", "index.part", "plan.json")))
+        data = path / f"{checked.seen.backend.data_file(name)}{PART}"
+        remove(data, *(path / f"{name}.{suffix}" for suffix in ("index.part", "plan.json")))
         if series in folders:
             remove(path / f".{name}.lock")
         result.done.append(f"the unfinished shard {name} was dropped: its plan is damaged")
@@ -154,37 +152,36 @@ def _mend_shard(root: Path, finding: ShardFinding, known: set[str], result: Repa
     """
     if not finding.damages:
         return True
-    if not (finding.tar_whole and finding.good and known.isdisjoint(r.key for r in finding.good)):
+    if not (finding.data_whole and finding.good and known.isdisjoint(r.key for r in finding.good)):
         return False
     write_atomic(root / finding.series / f"{finding.name}.index.jsonl", finding.index())
     proof = "" if finding.proven else "; nothing vouches for its bytes any more: check it with --decode 100%"
-    result.done.append(f"the index of {finding.name} was rebuilt from its tar file{proof}")
+    result.done.append(f"the index of {finding.name} was rebuilt from its data file{proof}")
     return True
 
 
-def _set_aside(root: Path, finding: ShardFinding) -> None:
+def _set_aside(folder: Path, finding: ShardFinding) -> None:
     """Take a shard out of the cache: first a list of its good entries, then its index goes, then its name."""
-    folder = root / finding.series
-    tar = folder / f"{finding.name}.tar"
+    data = folder / finding.file
     write_atomic(folder / f"{finding.name}.index.damaged", finding.index())
     remove(folder / f"{finding.name}.index.jsonl")
-    if tar.exists():
-        rename(tar, tar.with_suffix(".tar.damaged"))
+    if data.exists():
+        rename(data, data.with_name(data.name + DAMAGED))
 
 
 def _take_good(root: Path, writer: CacheWriter, series: str, result: Repaired) -> None:
     """Move the good entries of all shards set aside, now or by a repair that was stopped, into new ones."""
-    folder = root / series
+    folder, backend = root / series, backend_of(writer.identity.backend)
     for listed in sorted(folder.glob("*.index.damaged")):
         name = listed.name.removesuffix(".index.damaged")
-        data = folder / f"{name}.tar.damaged"
-        tar = folder / f"{name}.tar"
-        if tar.exists() and not data.exists() and not (folder / f"{name}.index.jsonl").exists():
+        whole = folder / backend.data_file(name)
+        data = whole.with_name(whole.name + DAMAGED)
+        if whole.exists() and not data.exists() and not (folder / f"{name}.index.jsonl").exists():
             with cache_lock(root):  # with an index, it is the new shard, which took the number
-                rename(tar, data)
+                rename(whole, data)
         records = {record.key: record for record in _listed(listed)}
         if records and data.exists():
-            _copy(writer, series, data, records)
+            _copy(writer, parse_shard(name, series), data, records)
         if writer.busy():
             raise CacheError(f"another process is filling {root}.", "Wait for it to end, then repair.")
         kept = len(records.keys() & writer.committed(series))
@@ -195,26 +192,22 @@ def _take_good(root: Path, writer: CacheWriter, series: str, result: Repaired) -
 
 
 def _listed(path: Path) -> list[EntryRecord]:
-    names = ("name", "offset", "size", "crc32")
     try:
-        entries = parse_index(path.read_bytes()).entries
+        return records_of(parse_index(path.read_bytes()))
     except ValueError:
         return []
-    return [
-        EntryRecord(key=key, members=tuple(MemberRecord(**dict(zip(names, m, strict=True))) for m in members))
-        for key, members in entries.items()
-    ]
 
 
-def _copy(writer: CacheWriter, series: str, data: Path, records: Mapping[str, EntryRecord]) -> None:
+def _copy(writer: CacheWriter, name: ShardName, data: Path, records: Mapping[str, EntryRecord]) -> None:
     """Entries copied, byte for byte, into shards that the next repair finishes if this one is stopped."""
-    writer.plan(series, list(records), len(records), parse_shard(data.name.split(".")[0], series).group_text)
+    series, backend = name.series, backend_of(writer.identity.backend)
+    writer.plan(series, list(records), len(records), name.group_text)
     with data.open("rb") as stream:
         size = data.stat().st_size
         for job in writer.jobs(series, records):
             with job:
                 for key in job.remaining:
-                    contents = read_contents(stream, records[key], size)
+                    contents = read_contents(stream, records[key], size, backend)
                     if contents is None:
                         job.fail(key, data.name, "damaged")
                     else:

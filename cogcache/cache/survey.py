@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from cogcache.cache.backend import BACKENDS, Backend, backend_of, data_files
 from cogcache.cache.damage import Damage
 from cogcache.cache.format import (
     FAILURES_FILE,
@@ -19,6 +20,7 @@ from cogcache.cache.format import (
     SAMPLES_FILE,
     TEXT,
     VALIDATION_FILE,
+    BackendName,
     FailureRecord,
     Identity,
     Manifest,
@@ -34,7 +36,6 @@ from cogcache.cache.format import (
 from cogcache.cache.identity import read_identity
 from cogcache.cache.lines import parse_object
 from cogcache.cache.names import is_series, parse_shard
-from cogcache.cache.shard_check import read_preamble
 from cogcache.cache.storage import LocalStorage
 from cogcache.cache.tables import read_manifest, read_table
 from cogcache.errors import CacheError
@@ -43,6 +44,7 @@ from cogcache.variants import Variant
 __all__ = ["SeriesShards", "Survey", "survey"]
 
 R = TypeVar("R", bound=Record)
+_INDEX = ".index.jsonl"
 _MOST_LISTED = 100_000
 """A video is not looked for in a list more often than this when a row proves its id."""
 
@@ -77,6 +79,11 @@ class Survey:
     shards: dict[str, SeriesShards] = field(default_factory=dict)
     damages: list[Damage] = field(default_factory=list)
 
+    @property
+    def backend(self) -> Backend:
+        """How the shards are stored."""
+        return backend_of(self.identity.backend if self.identity else BACKENDS[0])
+
     def add(self, file: str, what: str) -> None:
         """Note a damage."""
         self.damages.append(Damage(file, what))
@@ -104,7 +111,7 @@ def _believed(seen: Survey, name: str, read: Callable[[], R]) -> R | None:
             raise
         missing = not (seen.root / name).exists()
         known = (IDENTITY_FILE, MANIFEST_FILE, SAMPLES_FILE)
-        if missing and not any((seen.root / n).exists() for n in known) and not _tars(seen.root):
+        if missing and not any((seen.root / n).exists() for n in known) and not _shard_files(seen.root):
             raise CacheError(
                 f"{seen.root} is not a cache.", "Give the folder that 'cogcache encode' wrote."
             ) from None
@@ -118,18 +125,16 @@ def _believed(seen: Survey, name: str, read: Callable[[], R]) -> R | None:
         return None
 
 
-def _tars(root: Path) -> list[Path]:
+def _shard_files(root: Path) -> list[tuple[BackendName, Path, Path]]:
+    """Committed data files of all backends: backend, folder of the series, path."""
     folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    found = [file for folder in folders for file in folder.glob("*.tar")]
-    return sorted(file for file in found if _belongs(file))
-
-
-def _belongs(file: Path) -> bool:
-    try:
-        parse_shard(file.stem, file.parent.name)
-    except ValueError:
-        return False
-    return True
+    return sorted(
+        (name, folder, path)
+        for name in BACKENDS
+        for folder in folders
+        for _, tail, path in data_files(backend_of(name), folder)
+        if not tail
+    )
 
 
 def _find_identity(seen: Survey) -> None:
@@ -137,11 +142,12 @@ def _find_identity(seen: Survey) -> None:
     manifest = seen.manifest
     if seen.identity is None:
         seen.identity_lost = True
-        seen.identity = _identity_of(manifest) if manifest else _identity_of_tars(seen.root)
+        seen.identity = _identity_of(manifest) if manifest else _identity_of_shards(seen.root)
         return
     if manifest is None:
         return
-    same = seen.identity.model.variant == manifest.model.variant
+    one, other = seen.identity, manifest
+    same = one.model.variant == other.model.variant and one.backend == other.backend
     series = {name: seen.identity.series.get(name) for name in manifest.series}
     if not same or series != {name: record.fingerprint for name, record in manifest.series.items()}:
         seen.add(MANIFEST_FILE, f"it is of another cache than {IDENTITY_FILE}")
@@ -149,29 +155,32 @@ def _find_identity(seen: Survey) -> None:
 
 def _identity_of(manifest: Manifest) -> Identity:
     series = {name: record.fingerprint for name, record in manifest.series.items()}
-    return Identity(model=manifest.model, series=series)
+    return Identity(backend=manifest.backend, model=manifest.model, series=series)
 
 
-def _identity_of_tars(root: Path) -> Identity | None:
+def _identity_of_shards(root: Path) -> Identity | None:
     """What most shards of each series say of themselves; the model's id is in none of them."""
     votes: dict[str, Counter[str]] = {}
     variants: Counter[str] = Counter()
-    for path in _tars(root):
+    backends: Counter[BackendName] = Counter()
+    for backend, folder, path in _shard_files(root):
         try:
-            said = read_preamble(path)
+            with path.open("rb") as stream:
+                said = backend_of(backend).read_head(stream, path.stat().st_size)
             variant = Variant.model_validate(said["variant"])
             fingerprint = said["fingerprint"]
-            if said["series"] != path.parent.name or not isinstance(fingerprint, dict):
+            if said["series"] != folder.name or not isinstance(fingerprint, dict):
                 continue
         except (OSError, ValueError, KeyError):
             continue
+        backends[backend] += 1
         variants[variant.model_dump_json()] += 1
-        votes.setdefault(path.parent.name, Counter())[canonical_json(fingerprint)] += 1
+        votes.setdefault(folder.name, Counter())[canonical_json(fingerprint)] += 1
     if not variants:
         return None
     series = {name: parse_object(votes[name].most_common(1)[0][0].encode()) for name in sorted(votes)}
-    variant = Variant.model_validate_json(variants.most_common(1)[0][0])
-    return Identity(model=ModelRecord(id="unknown", variant=variant), series=series)
+    model = ModelRecord(id="unknown", variant=Variant.model_validate_json(variants.most_common(1)[0][0]))
+    return Identity(backend=backends.most_common(1)[0][0], model=model, series=series)
 
 
 def _find_shards(seen: Survey) -> None:
@@ -188,28 +197,29 @@ def _find_shards(seen: Survey) -> None:
                 shards.named[record.name] = record
             except ValueError as error:
                 seen.add(MANIFEST_FILE, str(error))
-        shards.found = _on_disk(seen.root / name, lost_indexes=seen.manifest is None)
+        shards.found = _on_disk(seen.root / name, seen.backend, lost_indexes=seen.manifest is None)
 
 
-def _on_disk(folder: Path, *, lost_indexes: bool) -> list[str]:
-    """Names of committed shards, and of those that may have lost their index: a tar file and nothing else.
+def _on_disk(folder: Path, backend: Backend, *, lost_indexes: bool) -> list[str]:
+    """Names of committed shards, and of those that may have lost their index: a data file and nothing else.
 
-    Where a manifest names the shards, a tar file that it does not name and that has no index is no part of the cache.
+    Where a manifest names the shards, a data file that it does not name and that has no index is no part of the cache.
     """
-    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    names = {name.split(".")[0] for name in files if name.endswith((".index.jsonl", ".tar"))}
-    return [
-        name
-        for name in sorted(names)
-        if _belongs(folder / f"{name}.tar")
-        and (
-            f"{name}.index.jsonl" in files
-            or (
-                lost_indexes
-                and not {f"{name}.plan.json", f"{name}.index.part", f"{name}.index.damaged"} & files
-            )
-        )
-    ]
+    if not folder.is_dir():
+        return []
+    files = {path.name for path in folder.iterdir()}
+    committed = {name.removesuffix(_INDEX) for name in files if name.endswith(_INDEX)}
+    lost = {shard for shard, tail, _ in data_files(backend, folder) if not tail} if lost_indexes else ()
+    unsure = {n for n in lost if not {f"{n}.plan.json", f"{n}.index.part", f"{n}.index.damaged"} & files}
+    return sorted(name for name in committed | unsure if _belongs(name, folder.name))
+
+
+def _belongs(name: str, series: str) -> bool:
+    try:
+        parse_shard(name, series)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_tables(seen: Survey) -> None:

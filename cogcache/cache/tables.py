@@ -21,8 +21,8 @@ from cogcache.cache.format import (
     SAMPLES_FILE,
     VALIDATION_FILE,
     FailureRecord,
+    Identity,
     Manifest,
-    ModelRecord,
     Record,
     SampleRecord,
     SeriesRecord,
@@ -45,7 +45,7 @@ R = TypeVar("R", bound=Record)
 
 def commit_tables(
     root: Path,
-    model: ModelRecord,
+    identity: Identity,
     series: Mapping[str, SeriesRecord],
     samples: Sequence[SampleRecord],
     failures: Sequence[FailureRecord],
@@ -64,7 +64,13 @@ def commit_tables(
         name: TableRecord(rows=data.count(b"\n"), sha256=hashlib.sha256(data).hexdigest())
         for name, data in contents.items()
     }
-    manifest = Manifest(model=model, series=dict(series), tables=tables, unconditional=unconditional).sealed()
+    manifest = Manifest(
+        backend=identity.backend,
+        model=identity.model,
+        series=dict(series),
+        tables=tables,
+        unconditional=unconditional,
+    ).sealed()
     write_atomic(root / MANIFEST_FILE, pretty_json(manifest.model_dump(mode="json")))
     for name in contents:
         rename(root / pending(name), root / name)

@@ -11,125 +11,161 @@ Nothing in it depends on time, user, machine or history: equal entries give equa
 
 from __future__ import annotations
 
+import re
 import tarfile
 import zlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from cogcache.cache.format import (
-    FORMAT,
-    VERSION,
-    Entry,
-    EntryRecord,
-    Fingerprint,
-    MemberRecord,
-    canonical_json,
-)
+from cogcache.cache.format import Entry, EntryRecord, MemberRecord, canonical_json
 from cogcache.cache.lines import parse_object
+from cogcache.cache.names import parse_shard
+from cogcache.cache.stored import Contents, contents_of, entry_of
 from cogcache.errors import CacheError
-from cogcache.variants import Variant
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = [
-    "BLOCK",
-    "END",
-    "PREAMBLE",
-    "entry_size",
-    "is_entry",
-    "member",
-    "member_names",
-    "pack",
-    "pack_contents",
-    "padded",
-    "preamble",
-    "unpack",
-]
+__all__ = ["TarBackend", "TarLayout"]
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
 PREAMBLE = "__cogcache__/shard.json"
+_LONGEST_PREAMBLE = 1 << 20
+_KEY = re.compile(r"[0-9a-f]{32}")
+
+
+class TarLayout:
+    """As :class:`cogcache.cache.backend.Layout` says; any entry may stand beside any other.
+
+    Args:
+        file: Name of the tar file.
+        facts: What the shard says of itself.
+    """
+
+    def __init__(self, file: str, facts: dict[str, Any]) -> None:
+        self.file = file
+        self.head = member(PREAMBLE, canonical_json(facts).encode())
+
+    def pack(self, entry: Entry, start: int) -> tuple[bytes, EntryRecord]:
+        """The bytes of an entry's two members when they begin at byte ``start``, and their record."""
+        return self.pack_contents(entry.key, contents_of(entry), start)
+
+    def pack_contents(self, key: str, contents: Contents, start: int) -> tuple[bytes, EntryRecord]:
+        """As :meth:`pack`, from the contents of the two members."""
+        data, records = b"", []
+        for name, content in zip(member_names(key), contents, strict=True):
+            offset = start + len(data) + BLOCK
+            records.append(
+                MemberRecord(name=name, offset=offset, size=len(content), crc32=zlib.crc32(content))
+            )
+            data += member(name, content)
+        return data, EntryRecord(key=key, members=tuple(records))
+
+    def entry_size(self, record: EntryRecord) -> int:
+        """Bytes that an entry takes up in the file, headers and padding included."""
+        return sum(BLOCK + padded(part.size) for part in record.members)
+
+    def is_entry(self, record: EntryRecord, data: bytes, start: int) -> bool:
+        """Whether ``data``, which begins at byte ``start`` of the file, is exactly the recorded entry."""
+        if tuple(part.name for part in record.members) != member_names(record.key):
+            return False
+        at = 0
+        for part in record.members:
+            body = at + BLOCK
+            content = data[body : body + part.size]
+            if part.offset != start + body or zlib.crc32(content) != part.crc32:
+                return False
+            if data[at : body + padded(part.size)] != member(part.name, content):
+                return False
+            at = body + padded(part.size)
+        return at == len(data)
+
+    def end(self, records: Sequence[EntryRecord]) -> bytes:
+        """Two blocks of zeros."""
+        _ = records
+        return END
+
+    def publish(self, entries: int) -> None:
+        """Nothing: a tar file speaks for itself."""
+
+
+class TarBackend:
+    """Shards as tar files in the folder of their series."""
+
+    def data_file(self, shard: str) -> str:
+        """``latents-00007.tar``."""
+        return f"{shard}.tar"
+
+    def shard_of(self, series: str, file: str) -> str | None:
+        """As :meth:`cogcache.cache.backend.Backend.shard_of`."""
+        try:
+            return str(parse_shard(file.removesuffix(".tar"), series)) if file.endswith(".tar") else None
+        except ValueError:
+            return None
+
+    def layout(self, folder: Path, shard: str, facts: dict[str, Any], slots: int) -> TarLayout:
+        """The bytes of a shard, which may hold any number of entries."""
+        _ = folder, slots
+        return TarLayout(self.data_file(shard), facts)
+
+    def member_names(self, key: str) -> tuple[str, str]:
+        """As the members are called in the archive."""
+        return member_names(key)
+
+    def unpack(self, key: str, members: Sequence[bytes]) -> Entry:
+        """As :meth:`cogcache.cache.backend.Backend.unpack`."""
+        return entry_of(key, self.contents(key, members))
+
+    def contents(self, key: str, members: Sequence[bytes]) -> Contents:
+        """The members hold just these bytes."""
+        _ = key
+        return members[0], members[1]
+
+    def facts(self, key: str, member: bytes) -> dict[str, Any]:
+        """As :meth:`cogcache.cache.backend.Backend.facts`."""
+        _ = key
+        return parse_object(member)
+
+    def read_head(self, stream: BinaryIO, size: int) -> dict[str, Any]:
+        """What the first member says."""
+        first = _next_member(stream, 0, min(size, _LONGEST_PREAMBLE))
+        if first is None or first.name != PREAMBLE:
+            raise ValueError(f"it does not begin with {PREAMBLE}")
+        stream.seek(first.offset)
+        return parse_object(stream.read(first.size))
+
+    def walk(self, stream: BinaryIO, size: int, start: int) -> Iterator[EntryRecord]:
+        """Entries by the archive's own headers."""
+        while (first := _next_member(stream, start, size)) is not None:
+            key = first.name.split(".")[0]
+            second = _next_member(stream, first.offset + padded(first.size), size)
+            if second is None or (first.name, second.name) != member_names(key) or not _KEY.fullmatch(key):
+                raise ValueError(f"the members at byte {start} are not an entry")
+            yield EntryRecord(key=key, members=(first, second))
+            start = second.offset + padded(second.size)
+
+
+def _next_member(stream: BinaryIO, at: int, size: int) -> MemberRecord | None:
+    """The member that begins at byte ``at`` of a file of ``size`` bytes; None at the end of the archive."""
+    stream.seek(at)
+    block = stream.read(BLOCK)
+    if block == bytes(BLOCK):
+        if block + stream.read(BLOCK + 1) != END:
+            raise ValueError("the end of the archive has changed")
+        return None
+    try:
+        info = tarfile.TarInfo.frombuf(block, "ascii", "strict")
+    except (tarfile.HeaderError, ValueError) as error:
+        raise ValueError(f"there is no whole tar header at byte {at} ({error})") from None
+    # A size in base 256 may be negative.
+    if not info.isreg() or info.size < 0 or at + BLOCK + padded(info.size) > size:
+        raise ValueError(f"the tar header at byte {at} names no file, or one that is cut")
+    content = stream.read(info.size)
+    return MemberRecord(name=info.name, offset=at + BLOCK, size=info.size, crc32=zlib.crc32(content))
 
 
 def member_names(key: str) -> tuple[str, str]:
     """Names of the two members of an entry, in their order in the file."""
     return f"{key}.safetensors", f"{key}.json"
-
-
-def preamble(series: str, variant: Variant, fingerprint: Fingerprint) -> bytes:
-    """The first member of every shard of a series: enough to understand the file alone."""
-    value = {
-        "format": FORMAT,
-        "version": VERSION,
-        "series": series,
-        "variant": variant.model_dump(mode="json"),
-        "fingerprint": fingerprint,
-    }
-    return member(PREAMBLE, canonical_json(value).encode())
-
-
-def pack(entry: Entry, start: int) -> tuple[bytes, EntryRecord]:
-    """The bytes of an entry's two members when they begin at byte ``start``, and their record.
-
-    Tensors are stored contiguous, in the dtype they come in.
-    """
-    import safetensors.torch
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in entry.tensors.items()}
-    contents = (safetensors.torch.save(tensors), canonical_json(dict(entry.facts)).encode())
-    return pack_contents(entry.key, contents, start)
-
-
-def pack_contents(key: str, contents: tuple[bytes, bytes], start: int) -> tuple[bytes, EntryRecord]:
-    """As :func:`pack`, from the contents of the two members."""
-    data, records = b"", []
-    for name, content in zip(member_names(key), contents, strict=True):
-        offset = start + len(data) + BLOCK
-        records.append(MemberRecord(name=name, offset=offset, size=len(content), crc32=zlib.crc32(content)))
-        data += member(name, content)
-    return data, EntryRecord(key=key, members=tuple(records))
-
-
-def unpack(key: str, tensors: bytes, facts: bytes) -> Entry:
-    """The entry whose members hold these bytes.
-
-    Raises:
-        ValueError: if they are not a safetensors file and a JSON object.
-    """
-    return Entry(key=key, tensors=_load_tensors(tensors), facts=parse_object(facts))
-
-
-def _load_tensors(data: bytes) -> Mapping[str, torch.Tensor]:
-    import safetensors
-    import safetensors.torch
-
-    try:
-        tensors: dict[str, Any] = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, KeyError, TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"not a safetensors file: {error}") from None
-    return tensors
-
-
-def entry_size(record: EntryRecord) -> int:
-    """Bytes that an entry takes up in the file, headers and padding included."""
-    return sum(BLOCK + padded(part.size) for part in record.members)
-
-
-def is_entry(record: EntryRecord, data: bytes, start: int) -> bool:
-    """Whether ``data``, which begins at byte ``start`` of the file, is exactly the recorded entry."""
-    if tuple(part.name for part in record.members) != member_names(record.key):
-        return False
-    at = 0
-    for part in record.members:
-        body = at + BLOCK
-        content = data[body : body + part.size]
-        if part.offset != start + body or zlib.crc32(content) != part.crc32:
-            return False
-        if data[at : body + padded(part.size)] != member(part.name, content):
-            return False
-        at = body + padded(part.size)
-    return at == len(data)
 
 
 def member(name: str, content: bytes) -> bytes:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cogcache.cache.backend import BACKENDS, backend_of, data_files
 from cogcache.cache.check import Checked, check_cache
 from cogcache.cache.damage import Report
 from cogcache.cache.repair import Repaired, repair_cache
@@ -56,7 +57,9 @@ def verify(
 
 
 def _checked(root: Path) -> Checked:
-    total = sum(path.stat().st_size for path in root.glob("*/*.tar") if path.is_file())
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    files = (path for name in BACKENDS for f in folders for _, _, path in data_files(backend_of(name), f))
+    total = sum(path.stat().st_size for path in files if path.is_file())
     read = 0
     with Progress("Checking", -(-total // 1_000_000), "MB") as progress:
 

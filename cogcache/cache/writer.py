@@ -60,10 +60,7 @@ class CacheWriter:
         self.identity = identity
         self.journal = Journal(root / JOURNAL_FILE)
         self._held: WeakSet[ShardJob] = WeakSet()
-        self._folders = {
-            series: SeriesFolder(root, series, identity.model.variant, fingerprint)
-            for series, fingerprint in identity.series.items()
-        }
+        self._folders = {series: SeriesFolder(root, identity, series) for series in identity.series}
 
     @classmethod
     def open(cls, root: Path, identity: Identity) -> CacheWriter:
@@ -215,7 +212,7 @@ class CacheWriter:
             prompts = tables.current_validation(self.root) if validation is None else validation
             self._check_complete(rows, unconditional, prompts, keys)
             manifest = tables.commit_tables(
-                self.root, self.identity.model, series, rows, lost, unconditional, prompts
+                self.root, self.identity, series, rows, lost, unconditional, prompts
             )
         self.journal.add("manifest", checksum=manifest.checksum, samples=len(rows), failures=len(lost))
         return manifest
@@ -275,7 +272,7 @@ def drop_series(root: Path, series: str, wanted: Identity) -> None:
             return
         wanted = Identity.model_validate(wanted.model_dump(mode="json"))
         check_same(root, identity, wanted, wanted.series.keys() - {series})
-        folder = SeriesFolder(root, series, identity.model.variant, identity.series[series])
+        folder = SeriesFolder(root, identity, series)
         if any(is_claimed(folder, name) for name in folder.unfinished()):
             raise CacheError(f"another process is filling {series} in {root}.", "Wait for it to end.")
         remove(root / MANIFEST_FILE)

@@ -100,7 +100,7 @@ def _before(settings: EncodeSettings) -> _Before:
     check_same(root, identity, wanted, wanted.series.keys() - again)
     for name in wanted.series.keys() - again:
         if name in identity.series and (root / name).is_dir():  # a folder that is there is not written to
-            folder = SeriesFolder(root, name, identity.model.variant, identity.series[name])
+            folder = SeriesFolder(root, identity, name)
             before.durable[name] = folder.durable_keys()
     before.reasons = {key: reason for (_, key), reason in Journal(root / JOURNAL_FILE).reasons().items()}
     try:

@@ -26,7 +26,7 @@ from cache_kit import (
 from cogcache.cache.folder import SeriesFolder
 from cogcache.cache.format import IMAGES, LATENTS, TEXT, Entry, FailureRecord, Identity
 from cogcache.cache.reader import CacheReader
-from cogcache.cache.tar_shard import durable_keys
+from cogcache.cache.shard import durable_keys
 from cogcache.cache.writer import CacheWriter
 from cogcache.errors import CacheError, DamagedCacheError, MismatchError
 
@@ -232,7 +232,7 @@ def test_planning_beside_a_process_that_goes_on_appending(
     todo = list(job.remaining)
 
     def durable(self: SeriesFolder, name: str) -> list[str]:
-        found = durable_keys(self.path, name)
+        found = durable_keys(self.path, name, f"{name}.tar")
         job.append(entry(todo.pop(0)))
         return found
 

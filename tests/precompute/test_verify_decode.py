@@ -12,7 +12,7 @@ import torch
 
 from cogcache.cache.format import LATENTS, Entry
 from cogcache.cache.reader import CacheReader
-from cogcache.cache.tar_shard import TarShardWriter
+from cogcache.cache.shard import ShardWriter
 from cogcache.cli import run
 from cogcache.config import EncodeConfig
 from cogcache.errors import ConfigError
@@ -65,14 +65,14 @@ def test_entry_of_another_clip(
 ) -> None:
     """Two entries swapped when they were written: every checksum is right."""
     config, held = settings(size="16x32"), list[Entry]()
-    append = TarShardWriter.append
+    append = ShardWriter.append
 
-    def swapped(self: TarShardWriter, entry: Entry) -> None:
+    def swapped(self: ShardWriter, entry: Entry) -> None:
         held.append(entry)
         tensors = held[1].tensors if len(held) == 3 else entry.tensors
         append(self, Entry(entry.key, tensors, entry.facts))
 
-    monkeypatch.setattr(TarShardWriter, "append", swapped)
+    monkeypatch.setattr(ShardWriter, "append", swapped)
     encode_all(config)
     assert config.shards
     wrong = str(held[2].facts["source"])

@@ -1,4 +1,4 @@
-"""The webdataset backend: tar shards that are appended to durably and read by offset."""
+"""One shard, whatever its backend: appended to durably, committed, recovered, and read by offset."""
 
 from __future__ import annotations
 
@@ -7,51 +7,66 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cogcache.cache import tar
+from cogcache.cache.backend import PART, Backend, Layout
 from cogcache.cache.damage import mend_hint
-from cogcache.cache.files import AppendFile, remove, rename, storage_errors, sync_folder, write_atomic
+from cogcache.cache.files import (
+    AppendFile,
+    make_folder,
+    remove,
+    rename,
+    storage_errors,
+    sync_folder,
+    write_atomic,
+)
 from cogcache.cache.format import Entry, EntryRecord, ShardRecord
 from cogcache.cache.index import Members, ShardIndex, build_index, check_key, parse_index
-from cogcache.cache.lines import parse_object, seal_line, unseal_line
+from cogcache.cache.lines import seal_line, unseal_line
 from cogcache.cache.storage import Storage
+from cogcache.cache.stored import Contents
 from cogcache.errors import DamagedCacheError
 
-__all__ = ["TarShardReader", "TarShardWriter", "durable_keys"]
+__all__ = ["ShardReader", "ShardWriter", "durable_keys"]
 
 _MAX_LINE = 1 << 20
 _CHUNK = 8 << 20
-_MEMBERS = 2
 
 
-class TarShardWriter:
-    """Fills ``<name>.tar.part``; its entries are durable by their lines in ``<name>.index.part``.
+class ShardWriter:
+    """Fills a shard's data file under the name ``.part``; entries are durable by their lines in ``<name>.index.part``.
+
+    Only the holder of the shard's lock may open it. It takes up whatever a killed process left, or begins anew.
+    After any error it must be closed and opened again.
 
     Args:
         folder: Folder of the series.
         name: Shard name without suffix.
-        preamble: First bytes of the shard.
+        layout: How its entries lie in its data file.
         order: Keys that may come, in the order in which they may.
 
     Raises:
         StorageError: if the files cannot be written.
     """
 
-    def __init__(self, folder: Path, name: str, preamble: bytes, order: Sequence[str]) -> None:
-        self._tar, self._part = folder / f"{name}.tar", folder / f"{name}.tar.part"
+    def __init__(self, folder: Path, name: str, layout: Layout, order: Sequence[str]) -> None:
+        self._layout, self._file = layout, folder / layout.file
+        self._part = self._file.with_name(self._file.name + PART)
         self._index, self._lines = folder / f"{name}.index.jsonl", folder / f"{name}.index.part"
         self.name = name
+        if not self._file.parent.exists():
+            make_folder(self._file.parent)
         with storage_errors(self._part):
-            if self._tar.exists():  # killed after the rename, before the index
-                rename(self._tar, self._part)
-            self._records, self._hash, end = _valid_prefix(self._part, self._lines, preamble, order)
+            if self._file.exists():  # killed after the rename, before the index
+                rename(self._file, self._part)
+            self._records, self._hash, end = _valid_prefix(self._part, self._lines, layout, order)
         kept = b"".join(_line(record) for record in self._records)
         self._data = AppendFile(self._part, end)
         try:
             self._log = AppendFile(self._lines, len(kept))
             if not end:
-                self._data.append(preamble)
-                self._hash.update(preamble)
-            sync_folder(folder)
+                self._data.append(layout.head)
+                self._hash.update(layout.head)
+            for place in dict.fromkeys((self._part.parent, folder)):
+                sync_folder(place)
         except BaseException:
             self.close()
             raise
@@ -63,11 +78,11 @@ class TarShardWriter:
 
     def append(self, entry: Entry) -> None:
         """Add an entry: first its bytes, then the line that makes them count. Durable on return."""
-        self._add(*tar.pack(entry, self._data.end))
+        self._add(*self._layout.pack(entry, self._data.end))
 
-    def copy(self, key: str, contents: tuple[bytes, bytes]) -> None:
-        """:meth:`append` for an entry whose two members have these contents already."""
-        self._add(*tar.pack_contents(key, contents, self._data.end))
+    def copy(self, key: str, contents: Contents) -> None:
+        """:meth:`append` for an entry as bytes, as :mod:`cogcache.cache.stored` spells them."""
+        self._add(*self._layout.pack_contents(key, contents, self._data.end))
 
     def _add(self, data: bytes, record: EntryRecord) -> None:
         self._data.append(data)
@@ -76,26 +91,31 @@ class TarShardWriter:
         self._records.append(record)
 
     def seal(self) -> None:
-        """Write the end of the archive. A later :meth:`append` is not possible."""
-        self._data.append(tar.END)
-        self._hash.update(tar.END)
+        """Do the slow part of finishing: write the end of the data file. A later :meth:`append` is not possible."""
+        end = self._layout.end(self._records)
+        self._data.append(end)
+        self._hash.update(end)
 
     def commit(self) -> ShardRecord:
-        """Give the shard its name, then write its index, which is the commit mark."""
+        """Give the sealed shard its name, then write its index, which is the commit mark.
+
+        The caller holds the cache lock.
+        """
         self.close()
         index = build_index(self._records, self._data.end, self._hash.hexdigest())
-        rename(self._part, self._tar)
+        rename(self._part, self._file)
+        self._layout.publish(len(self._records))
         write_atomic(self._index, index)
         remove(self._lines)
         return parse_index(index).record(self.name)
 
     def discard(self) -> None:
-        """Remove the files of a shard without entries."""
+        """Remove the files of a shard without entries; the caller holds the cache lock."""
         self.close()
         remove(self._part, self._lines)
 
     def close(self) -> None:
-        """Close the files; what is durable stays."""
+        """Close the files; what is durable stays. Twice does no harm."""
         for file in (self.__dict__.get("_data"), self.__dict__.get("_log")):
             if file is not None:
                 file.close()
@@ -123,16 +143,20 @@ def _read_lines(path: Path) -> list[EntryRecord]:
     return records
 
 
-def durable_keys(folder: Path, name: str) -> list[str]:
-    """Keys of an unfinished shard's entries that are on disk; cheap, so without reading them."""
+def durable_keys(folder: Path, name: str, file: str) -> list[str]:
+    """Keys of an unfinished shard's entries that are on disk; cheap, so without reading them.
+
+    Args:
+        file: Name of its data file when it is committed.
+    """
     records = _read_lines(folder / f"{name}.index.part")
-    sizes = [p.stat().st_size for p in (folder / f"{name}.tar.part", folder / f"{name}.tar") if p.exists()]
+    sizes = [p.stat().st_size for p in (folder / f"{file}{PART}", folder / file) if p.exists()]
     there = max(sizes, default=0)
     return [r.key for r in records if all(m.offset + m.size <= there for m in r.members)]
 
 
 def _valid_prefix(
-    part: Path, lines: Path, preamble: bytes, order: Sequence[str]
+    part: Path, lines: Path, layout: Layout, order: Sequence[str]
 ) -> tuple[list[EntryRecord], hashlib._Hash, int]:
     """Longest run of recorded entries whose bytes are really there, the hash and size of those bytes."""
     kept: list[EntryRecord] = []
@@ -143,13 +167,15 @@ def _valid_prefix(
     except FileNotFoundError:
         return kept, hashlib.sha256(), 0
     with stream:
-        head = stream.read(len(preamble))
-        if head != preamble:
+        head = stream.read(len(layout.head))
+        if head != layout.head:
             return kept, hashlib.sha256(), 0
-        known, end = hashlib.sha256(head), len(head)
+        known, end, size = hashlib.sha256(head), len(head), part.stat().st_size
         for record in _read_lines(lines):
-            data = stream.read(tar.entry_size(record))
-            if places.get(record.key, -1) <= last or not tar.is_entry(record, data, end):
+            if end + layout.entry_size(record) > size:  # a line decides no amount of memory
+                break
+            data = stream.read(layout.entry_size(record))
+            if places.get(record.key, -1) <= last or not layout.is_entry(record, data, end):
                 break
             known.update(data)
             kept.append(record)
@@ -157,26 +183,29 @@ def _valid_prefix(
     return kept, known, end
 
 
-class TarShardReader:
-    """One committed shard, read by offset.
+class ShardReader:
+    """One committed shard, read by offset. Thread-safe; survives fork and pickling.
 
     Args:
         storage: Where the cache is.
-        name: The tar file, relative to the cache.
+        series: Name of the series.
+        name: Shard name without suffix.
         index: Its parsed index.
+        backend: How entries are stored.
 
     Raises:
         DamagedCacheError: if the file is missing, of another size, or has entries of another form.
     """
 
-    def __init__(self, storage: Storage, name: str, index: ShardIndex) -> None:
-        self._storage, self._name, self._entries = storage, name, index.entries
+    def __init__(self, storage: Storage, series: str, name: str, index: ShardIndex, backend: Backend) -> None:
+        self.name = name
+        self._storage, self._entries, self._backend = storage, index.entries, backend
+        self._file = f"{series}/{backend.data_file(name)}"
         self._bytes, self._sha256 = index.bytes, index.sha256
-        self.name = Path(name).stem
         for key, members in self._entries.items():
-            if len(members) != _MEMBERS or (members[0][0], members[1][0]) != tar.member_names(key):
+            if tuple(member[0] for member in members) != backend.member_names(key):
                 raise self._damaged(f"entry {key} has other members than tensors and facts")
-        if storage.size(name) != self._bytes:
+        if storage.size(self._file) != self._bytes:
             raise self._damaged("it is missing or its size has changed")
 
     def __iter__(self) -> Iterator[str]:
@@ -189,20 +218,23 @@ class TarShardReader:
         Raises:
             DamagedCacheError: if a byte differs from what was written.
         """
-        tensors, facts = self._members(self._entries[key])
+        members = self._members(self._entries[key])
         try:
-            return tar.unpack(key, tensors, facts)
+            return self._backend.unpack(key, members)
         except ValueError as error:
             raise self._damaged(f"entry {key}: {error}") from None
 
-    def contents(self, key: str) -> tuple[bytes, bytes]:
-        """The entry as it is stored: the bytes of its tensors and of its facts, each checked.
+    def contents(self, key: str) -> Contents:
+        """The entry as bytes, as :mod:`cogcache.cache.stored` spells them, checked.
 
         Raises:
             DamagedCacheError: if a byte differs from what was written.
         """
-        tensors, facts = self._members(self._entries[key])
-        return tensors, facts
+        members = self._members(self._entries[key])
+        try:
+            return self._backend.contents(key, members)
+        except ValueError as error:
+            raise self._damaged(f"entry {key}: {error}") from None
 
     def facts(self, key: str) -> dict[str, Any]:
         """The facts of an entry, without reading its tensors.
@@ -211,13 +243,13 @@ class TarShardReader:
             DamagedCacheError: if a byte differs from what was written.
         """
         try:
-            return parse_object(*self._members(self._entries[key][1:]))
+            return self._backend.facts(key, *self._members(self._entries[key][1:]))
         except ValueError as error:
             raise self._damaged(f"entry {key}: {error}") from None
 
     def _members(self, members: Members) -> list[bytes]:
         try:
-            return self._storage.members(self._name, self._sha256, members)
+            return self._storage.members(self._file, self._sha256, members)
         except ValueError as error:
             raise self._damaged(str(error)) from None
         except OSError as error:
@@ -231,7 +263,7 @@ class TarShardReader:
         """
         known, offset = hashlib.sha256(), 0
         try:
-            while data := self._storage.pread(self._name, offset, _CHUNK):
+            while data := self._storage.pread(self._file, offset, _CHUNK):
                 known.update(data)
                 offset += len(data)
         except OSError as error:
@@ -240,8 +272,6 @@ class TarShardReader:
             raise self._damaged("its bytes are not those that were committed")
 
     def _damaged(self, what: str) -> DamagedCacheError:
-        path = self._storage.root / self._name
-        return DamagedCacheError(
-            f"{path} is damaged: {what}.",
-            mend_hint(path.parent, path.stem),
-        )
+        path = self._storage.root / self._file
+        folder = self._storage.root / self._file.partition("/")[0]
+        return DamagedCacheError(f"{path} is damaged: {what}.", mend_hint(folder, self.name))
