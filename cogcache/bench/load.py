@@ -152,11 +152,8 @@ def _file(path: Path) -> list[torch.Tensor]:
 
 
 def _data_files(cache: CacheReader) -> Iterator[Path]:
-    return (path for path in Path(cache.root).rglob("*") if path.is_file()) if _local(cache) else iter(())
-
-
-def _local(cache: CacheReader) -> bool:
-    return "://" not in str(cache.root)
+    root = cache.root
+    return (path for path in root.rglob("*") if path.is_file()) if isinstance(root, Path) else iter(())
 
 
 def _ordered(cache: CacheReader, order: str, turn: int) -> list[SampleRecord]:

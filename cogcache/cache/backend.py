@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Protocol, get_args
 
 from cogcache.cache.format import BackendName, Entry, EntryRecord
 from cogcache.cache.stored import Contents
+from cogcache.cache.tensors import Buffer
 
 __all__ = ["BACKENDS", "DAMAGED", "PART", "Backend", "Layout", "backend_of", "data_files"]
 
@@ -82,17 +83,17 @@ class Backend(Protocol):
     def member_names(self, key: str) -> tuple[str, str]:
         """Names of the two members of an entry, as an index spells them."""
 
-    def unpack(self, key: str, members: Sequence[bytes]) -> Entry:
+    def unpack(self, key: str, members: Sequence[Buffer]) -> Entry:
         """The entry whose members hold these bytes.
 
         Raises:
             ValueError: if they hold none.
         """
 
-    def contents(self, key: str, members: Sequence[bytes]) -> Contents:
+    def contents(self, key: str, members: Sequence[Buffer]) -> Contents:
         """As :meth:`unpack`, as bytes in the spelling of :mod:`cogcache.cache.stored`; every checksum is checked."""
 
-    def facts(self, key: str, member: bytes) -> dict[str, Any]:
+    def facts(self, key: str, member: Buffer) -> dict[str, Any]:
         """The facts, from the second member alone. Raises as :meth:`unpack` does."""
 
     def read_head(self, stream: BinaryIO, size: int) -> dict[str, Any]:

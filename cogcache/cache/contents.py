@@ -69,7 +69,7 @@ class Expectation:
 def content_fault(expected: Expectation, key: str, contents: Contents) -> str:
     """What is wrong with an entry, given as bytes; empty if nothing is."""
     try:
-        entry = entry_of(key, contents)
+        entry = entry_of(key, *contents)
     except ValueError as error:
         return str(error)
     if canonical_json(dict(entry.facts)).encode() != contents[1]:

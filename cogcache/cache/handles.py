@@ -8,6 +8,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 __all__ = ["Handles"]
 
 
@@ -38,16 +40,17 @@ class Handles:
         self._lock = threading.Lock()
         self._process = os.getpid()
 
-    def pread(self, path: str | Path, offset: int, size: int) -> bytes:
-        """Up to ``size`` bytes of the file at ``path`` from ``offset``; fewer only at its end."""
+    def pread(self, path: str | Path, offset: int, size: int) -> memoryview:
+        """Up to ``size`` bytes of the file at ``path`` from ``offset``, in new memory; fewer only at its end."""
         descriptor = self._get(path)
-        data = os.pread(descriptor.number, size, offset)
-        while 0 < len(data) < size:  # Linux reads at most 2 GiB at once
-            more = os.pread(descriptor.number, size - len(data), offset + len(data))
-            if not more:
+        data = np.empty(size, np.uint8).data  # unlike a bytearray not filled with zeros first
+        done = 0
+        while done < size:  # Linux reads at most 2 GiB at once
+            count = os.preadv(descriptor.number, [data[done:]], offset + done)
+            if not count:
                 break
-            data += more
-        return data
+            done += count
+        return data[:done]
 
     def _get(self, path: str | Path) -> _Descriptor:
         if self._process != os.getpid():  # a fork may have copied the lock while it was held

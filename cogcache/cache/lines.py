@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from cogcache.cache.checksum import crc32
 from cogcache.cache.format import canonical_json, digest
 
 __all__ = [
@@ -76,7 +76,7 @@ def load_sealed(data: bytes) -> dict[str, Any]:
 
 def seal_line(value: Mapping[str, Any]) -> bytes:
     """One JSON line that holds the CRC-32 of itself without that field."""
-    crc = zlib.crc32(canonical_json(dict(value)).encode())
+    crc = crc32(canonical_json(dict(value)).encode())
     return f"{canonical_json({**value, _CRC: crc})}\n".encode()
 
 

@@ -23,6 +23,7 @@ from cogcache.cache.index import Members, ShardIndex, build_index, check_key, pa
 from cogcache.cache.lines import seal_line, unseal_line
 from cogcache.cache.storage import Storage
 from cogcache.cache.stored import Contents
+from cogcache.cache.tensors import Buffer
 from cogcache.errors import DamagedCacheError
 
 __all__ = ["ShardReader", "ShardWriter", "durable_keys"]
@@ -247,7 +248,7 @@ class ShardReader:
         except ValueError as error:
             raise self._damaged(f"entry {key}: {error}") from None
 
-    def _members(self, members: Members) -> list[bytes]:
+    def _members(self, members: Members) -> list[Buffer]:
         try:
             return self._storage.members(self._file, self._sha256, members)
         except ValueError as error:

@@ -6,13 +6,13 @@ Where the index is lost, the data file is walked by what it says itself and the 
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from cogcache.cache.backend import Backend
+from cogcache.cache.checksum import crc32
 from cogcache.cache.contents import Expectation, content_fault, key_of_facts
 from cogcache.cache.damage import Damage
 from cogcache.cache.format import EntryRecord, MemberRecord, ShardRecord
@@ -226,7 +226,7 @@ def _read_members(stream: BinaryIO, record: EntryRecord, limit: int) -> list[byt
             return None
         stream.seek(part.offset)
         data = stream.read(part.size)
-        if len(data) != part.size or zlib.crc32(data) != part.crc32:
+        if len(data) != part.size or crc32(data) != part.crc32:
             return None
         members.append(data)
     return members

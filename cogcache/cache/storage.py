@@ -6,13 +6,14 @@ Names are relative to the cache, with ``/``, and never come from a file unchecke
 from __future__ import annotations
 
 import errno
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from cogcache.cache.checksum import crc32
 from cogcache.cache.handles import Handles
 from cogcache.cache.index import Member
+from cogcache.cache.tensors import Buffer
 from cogcache.errors import CacheError
 from cogcache.location import Location, Url
 
@@ -39,14 +40,14 @@ class Storage(Protocol):
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none, or what is there is no regular file."""
 
-    def pread(self, name: str, offset: int, size: int) -> bytes:
+    def pread(self, name: str, offset: int, size: int) -> Buffer:
         """Up to ``size`` bytes from ``offset``; fewer only at the end of the file.
 
         Raises:
             OSError: if it cannot be read.
         """
 
-    def members(self, name: str, version: str, members: Sequence[Member]) -> list[bytes]:
+    def members(self, name: str, version: str, members: Sequence[Member]) -> list[Buffer]:
         """The contents of members of a data file, each whole and with the right CRC-32.
 
         Args:
@@ -78,24 +79,24 @@ class LocalStorage:
         path = self._folder / name
         return path.stat().st_size if path.is_file() else None
 
-    def pread(self, name: str, offset: int, size: int) -> bytes:
+    def pread(self, name: str, offset: int, size: int) -> Buffer:
         """As :meth:`Storage.pread`."""
         return self._handles.pread(self._prefix + name, offset, size)
 
-    def members(self, name: str, version: str, members: Sequence[Member]) -> list[bytes]:
+    def members(self, name: str, version: str, members: Sequence[Member]) -> list[Buffer]:
         """As :meth:`Storage.members`: one ``pread`` each."""
         _ = version
         return [checked(member, self.pread(name, member[1], member[2])) for member in members]
 
 
-def checked(member: Member, data: bytes) -> bytes:
+def checked(member: Member, data: Buffer) -> Buffer:
     """``data`` if these are all bytes of the member.
 
     Raises:
         ValueError: if not.
     """
-    name, _, size, crc32 = member
-    if len(data) != size or zlib.crc32(data) != crc32:
+    name, _, size, checksum = member
+    if len(data) != size or crc32(data) != checksum:
         raise ValueError(f"member {name} does not match its checksum")
     return data
 

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cogcache.cache.checksum import crc32
 from cogcache.cache.format import Entry, EntryRecord, MemberRecord, canonical_json
 from cogcache.cache.lines import parse_object
 from cogcache.cache.names import parse_shard
 from cogcache.cache.stored import Contents, contents_of, entry_of
+from cogcache.cache.tensors import Buffer
 from cogcache.errors import CacheError
 
 __all__ = ["TarBackend", "TarLayout"]
@@ -54,9 +55,7 @@ class TarLayout:
         data, records = b"", []
         for name, content in zip(member_names(key), contents, strict=True):
             offset = start + len(data) + BLOCK
-            records.append(
-                MemberRecord(name=name, offset=offset, size=len(content), crc32=zlib.crc32(content))
-            )
+            records.append(MemberRecord(name=name, offset=offset, size=len(content), crc32=crc32(content)))
             data += member(name, content)
         return data, EntryRecord(key=key, members=tuple(records))
 
@@ -72,7 +71,7 @@ class TarLayout:
         for part in record.members:
             body = at + BLOCK
             content = data[body : body + part.size]
-            if part.offset != start + body or zlib.crc32(content) != part.crc32:
+            if part.offset != start + body or crc32(content) != part.crc32:
                 return False
             if data[at : body + padded(part.size)] != member(part.name, content):
                 return False
@@ -111,19 +110,19 @@ class TarBackend:
         """As the members are called in the archive."""
         return member_names(key)
 
-    def unpack(self, key: str, members: Sequence[bytes]) -> Entry:
+    def unpack(self, key: str, members: Sequence[Buffer]) -> Entry:
         """As :meth:`cogcache.cache.backend.Backend.unpack`."""
-        return entry_of(key, self.contents(key, members))
+        return entry_of(key, *members)
 
-    def contents(self, key: str, members: Sequence[bytes]) -> Contents:
+    def contents(self, key: str, members: Sequence[Buffer]) -> Contents:
         """The members hold just these bytes."""
         _ = key
-        return members[0], members[1]
+        return bytes(members[0]), bytes(members[1])
 
-    def facts(self, key: str, member: bytes) -> dict[str, Any]:
+    def facts(self, key: str, member: Buffer) -> dict[str, Any]:
         """As :meth:`cogcache.cache.backend.Backend.facts`."""
         _ = key
-        return parse_object(member)
+        return parse_object(bytes(member))
 
     def read_head(self, stream: BinaryIO, size: int) -> dict[str, Any]:
         """What the first member says."""
@@ -160,7 +159,7 @@ def _next_member(stream: BinaryIO, at: int, size: int) -> MemberRecord | None:
     if not info.isreg() or info.size < 0 or at + BLOCK + padded(info.size) > size:
         raise ValueError(f"the tar header at byte {at} names no file, or one that is cut")
     content = stream.read(info.size)
-    return MemberRecord(name=info.name, offset=at + BLOCK, size=info.size, crc32=zlib.crc32(content))
+    return MemberRecord(name=info.name, offset=at + BLOCK, size=info.size, crc32=crc32(content))
 
 
 def member_names(key: str) -> tuple[str, str]:
