@@ -14,12 +14,14 @@ from typing import Literal
 from cogcache.errors import GeometryError
 
 __all__ = [
+    "Bucket",
     "FitMode",
     "FitPlan",
     "Size",
     "check_frames",
     "check_size",
     "latent_frames",
+    "parse_bucket",
     "parse_size",
     "plan_fit",
 ]
@@ -48,6 +50,47 @@ def parse_size(text: str) -> Size:
     if not match or not int(match[1]) or not int(match[2]):
         raise GeometryError(f"{text[:40]!r} is not a size.", "Give height x width in pixels: 480x720.")
     return Size(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """The shape that clips of one batch share: frames, and height and width in pixels. Sorts by frames first."""
+
+    frames: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, frames: int, size: Size) -> Bucket:
+        """From frames and a picture size."""
+        return cls(frames, size.height, size.width)
+
+    @property
+    def size(self) -> Size:
+        """The picture size."""
+        return Size(self.height, self.width)
+
+    @property
+    def volume(self) -> int:
+        """Pixels of all frames."""
+        return self.frames * self.height * self.width
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+def parse_bucket(text: str) -> Bucket:
+    """Read ``"49x480x720"`` (frames x height x width) as a :class:`Bucket`.
+
+    Raises:
+        GeometryError: if the text is not three positive whole numbers joined by ``x``.
+    """
+    match = re.fullmatch(
+        r"\s*([1-9]\d{0,5})\s*x\s*([1-9]\d{0,5})\s*x\s*([1-9]\d{0,5})\s*", text, re.IGNORECASE | re.ASCII
+    )
+    if not match:
+        raise GeometryError(f"{text[:60]!r} is not a bucket.", "Give frames x height x width: 49x480x720.")
+    return Bucket(*(int(number) for number in match.groups()))
 
 
 def check_frames(frames: int) -> int:

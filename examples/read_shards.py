@@ -10,6 +10,7 @@ from zlib import crc32
 import numpy as np
 
 MANIFEST = {"format", "version", "backend", "model", "series", "tables", "unconditional", "checksum"}
+SHARD = "(-[1-9][0-9]*(x[1-9][0-9]*)*)?-[0-9]{5,9}"
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -63,7 +64,7 @@ class Shards:
         check(re.fullmatch("[a-z][a-z0-9_]{0,31}", series), "not the name of a series")
         found = {}
         for shard in record["shards"]:
-            check(re.fullmatch(f"{series}-[0-9]{{5,9}}", shard["name"]), "not the name of a shard")
+            check(re.fullmatch(series + SHARD, shard["name"]), "not the name of a shard")
             tar = self.root / series / f"{shard['name']}.tar"
             data = tar.with_suffix(".index.jsonl").read_bytes()
             *lines, last, _ = data.split(b"\n")

@@ -6,9 +6,18 @@ from pathlib import Path
 
 import torch
 
-from cogcache.cache.format import Entry, Identity, ModelRecord, SampleRecord, ValidationRecord, entry_key
+from cogcache.cache.format import (
+    Entry,
+    Identity,
+    ModelRecord,
+    SampleRecord,
+    ValidationRecord,
+    digest,
+    entry_key,
+    sort_buckets,
+)
 from cogcache.cache.writer import CacheWriter
-from cogcache.geometry import Size
+from cogcache.geometry import Bucket, Size
 from cogcache.variants import read_variant
 
 Clip = tuple[int, Size]
@@ -34,20 +43,26 @@ def write_cache(
     source = torch.Generator().manual_seed(seed)
     series = ["latents", "text"] + (["images"] if variant.task == "i2v" else [])
     prints = {name: {"made_by": "test", "seed": seed, "series": name} for name in series}
-    identity = Identity(model=ModelRecord(id=str(model), variant=variant), series=prints)
-    entries: dict[str, list[Entry]] = {name: [] for name in series}
+    buckets = sort_buckets(str(Bucket.of(*clip)) for clip in clips)
+    identity = Identity(model=ModelRecord(id=str(model), variant=variant), series=prints, buckets=buckets)
+    entries: dict[tuple[str, str], list[Entry]] = {}
 
-    def add(name: str, number: object, tensors: dict[str, torch.Tensor]) -> str:
+    def add(name: str, group: object, number: object, tensors: dict[str, torch.Tensor]) -> str:
         key = entry_key(prints[name], number=number)
         cast = {field: value.to(DTYPES[dtype]) for field, value in tensors.items()}
-        entries[name].append(Entry(key, cast, {"number": str(number)}))
+        entries.setdefault((name, str(group)), []).append(Entry(key, cast, {"number": str(number)}))
         return key
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=source)
 
     def text(number: object) -> str:
-        return add("text", number, {"prompt_embeds": normal(variant.text_length, variant.text_dim)})
+        return add(
+            "text",
+            variant.text_length,
+            number,
+            {"prompt_embeds": normal(variant.text_length, variant.text_dim)},
+        )
 
     samples = []
     for number, (frames, size) in enumerate(clips):
@@ -57,18 +72,21 @@ def write_cache(
             moments[0, 0, 0, 0] = torch.nan
         images = ()
         if variant.task == "i2v":
-            images = tuple(add("images", (number, k), {"latents": normal(c, 1, h, w)}) for k in range(3))
+            images = tuple(
+                add("images", size, (number, k), {"latents": normal(c, 1, h, w)}) for k in range(3)
+            )
         samples.append(
             SampleRecord(
                 id=f"clip-{number:03d}",
                 source=f"clip-{number:03d}.mp4",
+                sha256=digest([seed, number]),
                 window="start",
                 caption=f"clip {number}",
                 frames=frames,
                 height=size.height,
                 width=size.width,
                 fps=8.0,
-                latents=add("latents", number, {"moments": moments}),
+                latents=add("latents", Bucket.of(frames, size), number, {"moments": moments}),
                 text=text(number),
                 images=images,
             )
@@ -78,7 +96,11 @@ def write_cache(
     for number in range(prompts):
         c, _, h, w = variant.latent_shape(*clips[0])
         wants_image = variant.task == "i2v"
-        image = add("images", ("clean", number), {"latents": normal(c, 1, h, w)}) if wants_image else None
+        image = (
+            add("images", clips[0][1], ("clean", number), {"latents": normal(c, 1, h, w)})
+            if wants_image
+            else None
+        )
         name = f"{number}.png" if wants_image else None
         validation.append(
             ValidationRecord(
@@ -86,9 +108,9 @@ def write_cache(
             )
         )
     writer = CacheWriter.open(root, identity)
-    for name, items in entries.items():
+    for (name, group), items in entries.items():
         by_key = {entry.key: entry for entry in items}
-        writer.plan(name, list(by_key), 100)
+        writer.plan(name, list(by_key), 100, group)
         for job in writer.jobs(name, set(by_key)):
             with job:
                 for key in job.remaining:

@@ -16,7 +16,7 @@ from cogcache.hashing import content_id, file_sha256, weights_sha256
 @pytest.fixture(autouse=True)
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "cogcache" / "hashes.sqlite"
+    return tmp_path / "home" / "cogcache" / "files.sqlite"
 
 
 def test_hash_is_of_the_content_and_remembered(

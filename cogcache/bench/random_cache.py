@@ -15,10 +15,11 @@ from cogcache.cache.format import (
     Identity,
     ModelRecord,
     SampleRecord,
+    digest,
     entry_key,
 )
 from cogcache.cache.writer import CacheWriter
-from cogcache.geometry import Size
+from cogcache.geometry import Bucket, Size
 from cogcache.progress import Progress
 from cogcache.tiny import Family, build_tiny_model
 from cogcache.variants import Variant, read_variant
@@ -57,16 +58,19 @@ def random_cache(root: Path, family: Family, count: int, variant: Variant) -> Pa
     texts = [torch.randn(text_shape, generator=source).bfloat16() for _ in range(_DISTINCT)]
     made_by = f"cogcache bench, {family}"
     prints = {name: {"made_by": made_by, "series": name} for name in (LATENTS, TEXT)}
-    identity = Identity(model=ModelRecord(id=f"random {family}", variant=variant), series=prints)
+    bucket = str(Bucket.of(frames, size))
+    identity = Identity(
+        model=ModelRecord(id=f"random {family}", variant=variant), series=prints, buckets=(bucket,)
+    )
     writer = CacheWriter.open(root, identity)
     keys = {name: [entry_key(prints[name], number=n) for n in range(count + 1)] for name in prints}
-    bucket = f"{frames}x{size}"
     _fill(writer, LATENTS, bucket, "moments", keys[LATENTS][:count], moments)
     _fill(writer, TEXT, str(variant.text_length), "prompt_embeds", keys[TEXT], texts)
     samples = [
         SampleRecord(
             id=f"clip-{number:06d}",
             source=f"clip-{number:06d}.mp4",
+            sha256=digest(["random clip", number]),
             window="start",
             caption=f"clip {number}",
             frames=frames,

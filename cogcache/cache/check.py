@@ -28,6 +28,7 @@ from cogcache.cache.format import (
 from cogcache.cache.index import check_key
 from cogcache.cache.journal import Journal
 from cogcache.cache.lines import load_sealed
+from cogcache.cache.names import parse_shard
 from cogcache.cache.shard_check import ShardFinding, examine
 from cogcache.cache.survey import Survey, survey
 
@@ -110,8 +111,7 @@ def _expectation(seen: Survey, identity: Identity, series: str) -> Expectation |
     if fingerprint is None:
         return None
     variant = seen.manifest.model.variant if seen.manifest else identity.model.variant
-    rows = {row.latents: row for row in seen.samples or ()} if seen.manifest else {}
-    return Expectation(series, variant, fingerprint, rows)
+    return Expectation(series, variant, fingerprint)
 
 
 def needs_of(row: SampleRecord) -> list[tuple[str, str]]:
@@ -131,6 +131,11 @@ def _references(seen: Survey, findings: list[ShardFinding], report: Report) -> N
                     Damage(f"{finding.series}/{finding.file}", what, finding.name, record.key)
                 )
     unread = {finding.series for finding in findings if finding.damages}
+    for row in seen.samples or ():
+        group = parse_shard(there.get((LATENTS, row.latents), f"{LATENTS}-00000")).group_text
+        if group not in ("", str(row.bucket)):
+            what = f"it says {row.bucket} of {row.source}, whose latent is in a shard of {group}"
+            report.damages.append(Damage(SAMPLES_FILE, what, key=row.latents))
     needs = [(SAMPLES_FILE, *need) for row in seen.samples or () for need in needs_of(row)]
     for prompt in seen.validation or ():
         needs.append((VALIDATION_FILE, TEXT, prompt.text))

@@ -7,7 +7,7 @@ entry can be checked against it where nothing else vouches for them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cogcache.cache.format import (
@@ -16,54 +16,70 @@ from cogcache.cache.format import (
     TEXT,
     Entry,
     Fingerprint,
-    SampleRecord,
     canonical_json,
-    entry_key,
 )
+from cogcache.cache.keys import image_key, latent_key, text_key
+from cogcache.cache.names import parse_group
 from cogcache.cache.stored import Contents, entry_of
-from cogcache.geometry import parse_size
+from cogcache.geometry import latent_frames
 from cogcache.variants import Variant
 
 __all__ = ["Expectation", "content_fault", "key_of_facts"]
 
 _TENSORS = {LATENTS: "moments", TEXT: "prompt_embeds", IMAGES: "latents"}
 _DTYPES = {LATENTS: "vae_dtype", TEXT: "text_dtype", IMAGES: "vae_dtype"}
+_GROUPS = {LATENTS: "bucket", IMAGES: "size"}
+"""Which fact of an entry says its group."""
+_GROUP_NUMBERS = {LATENTS: 3, TEXT: 1, IMAGES: 2}
 
 
 @dataclass
 class Expectation:
-    """What the entries of one series must hold.
+    """What the entries of one shard must hold.
 
     Args:
-        samples: Rows by key of their latent: they know the size of the clip.
+        group: What the shard's name says of their shape, ``"49x480x720"``; empty where it says nothing.
     """
 
     series: str
     variant: Variant
     fingerprint: Fingerprint
-    samples: Mapping[str, SampleRecord] = field(default_factory=dict)
+    group: str = ""
 
-    def shape(self, key: str) -> tuple[int | None, ...] | None:
-        """Shape of the tensor, None for lengths that are not known; None for a series that is not known."""
+    def shape(self, facts: Mapping[str, Any]) -> tuple[int | None, ...] | None:
+        """Shape of the tensor of an entry with these facts; None for a series that is not known.
+
+        Lengths are None where neither shard nor facts tell.
+
+        Raises:
+            ValueError: if shard and facts disagree, or one of them tells no shape of this series.
+        """
+        numbers = self._numbers(facts)
         if self.series == TEXT:
+            if numbers and numbers != [self.variant.text_length]:
+                raise ValueError(f"it is in a shard of {self.group} tokens, not {self.variant.text_length}")
             return self.variant.text_length, self.variant.text_dim
-        channels = self.variant.latent_channels
+        if self.series not in (LATENTS, IMAGES):
+            return None
+        channels, factor = self.variant.latent_channels, self.variant.spatial_factor
+        picture = tuple(n // factor for n in numbers[-2:]) or (None, None)
         if self.series == IMAGES:
-            _, _, height, width = self._latent_shape(key)
-            return channels, 1, height, width
-        return (2 * channels, *self._latent_shape(key)[1:]) if self.series == LATENTS else None
+            return channels, 1, *picture
+        length = latent_frames(numbers[0], self.variant.temporal_factor) if numbers else None
+        return 2 * channels, length, *picture
 
-    def _latent_shape(self, key: str) -> tuple[int | None, ...]:
-        row = self.samples.get(key) if self.series == LATENTS else None
-        factor, time = self.variant.spatial_factor, self.variant.temporal_factor
-        if row is not None:
-            return 0, (row.frames - 1) // time + 1, row.height // factor, row.width // factor
-        frames, size = self.fingerprint.get("frames"), self.fingerprint.get("size")
-        length = (frames - 1) // time + 1 if isinstance(frames, int) else None
-        if not isinstance(size, str) or "x" not in size:
-            return 0, length, None, None
-        picture = parse_size(size)
-        return 0, length, picture.height // factor, picture.width // factor
+    def _numbers(self, facts: Mapping[str, Any]) -> list[int]:
+        """The group as numbers; none where it is not known."""
+        said = facts.get(_GROUPS.get(self.series, ""), self.group)
+        if self.group and said != self.group:
+            raise ValueError(f"its facts say {said!r:.40}, and it is in a shard of {self.group}")
+        if not said:
+            return []
+        count = _GROUP_NUMBERS.get(self.series)
+        numbers = parse_group(said)
+        if count is not None and len(numbers) != count:
+            raise ValueError(f"{said!r:.40} is not a group of {self.series}")
+        return list(numbers)
 
 
 def content_fault(expected: Expectation, key: str, contents: Contents) -> str:
@@ -80,7 +96,11 @@ def content_fault(expected: Expectation, key: str, contents: Contents) -> str:
 def _tensor_fault(expected: Expectation, entry: Entry) -> str:
     import torch
 
-    name, shape = _TENSORS.get(expected.series), expected.shape(entry.key)
+    name = _TENSORS.get(expected.series)
+    try:
+        shape = expected.shape(entry.facts)
+    except ValueError as error:
+        return str(error)
     if name is not None and [*entry.tensors] != [name]:
         return f"it holds the tensors {sorted(entry.tensors)}, not {name!r}"
     dtype = expected.fingerprint.get(_DTYPES.get(expected.series, ""))
@@ -103,12 +123,11 @@ def key_of_facts(series: str, fingerprint: Fingerprint, facts: Mapping[str, Any]
     """The key that an entry with these facts must have; None where the facts do not say."""
     try:
         if series == LATENTS:
-            return entry_key(fingerprint, source=facts["sha256"], window=facts["window"])
+            return latent_key(fingerprint, facts["sha256"], facts["window"], facts["bucket"])
         if series == TEXT:
-            return entry_key(fingerprint, caption=facts["caption"])
+            return text_key(fingerprint, facts["caption"])
         if series == IMAGES:
-            draw = "clean" if facts["draw"] is None else facts["draw"]
-            return entry_key(fingerprint, image=facts["image"], draw=draw)
+            return image_key(fingerprint, facts["image"], facts["size"], facts["draw"])
     except KeyError:
         pass
     return None

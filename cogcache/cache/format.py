@@ -3,9 +3,9 @@
 A cache is a folder::
 
     cache.json                       identity: what may be in here (written first)
-    latents/latents-00000.tar        shards of one series; members are safetensors and JSON
-    latents/latents-00000.index.jsonl  byte offsets and checksums; its presence commits the shard
-    text/text-00000.tar ...
+    latents/latents-49x480x720-00000.tar   shards of one series and bucket; members are safetensors and JSON
+    latents/latents-49x480x720-00000.index.jsonl   byte offsets and checksums; its presence commits the shard
+    text/text-226-00000.tar ...
     samples.jsonl                    table: which clip uses which latent and which text entry
     failures.jsonl                   table: clips that could not be encoded, with reasons
     validation.jsonl                 table, only where prompts for validation were given
@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
+from cogcache.errors import GeometryError
+from cogcache.geometry import Bucket, parse_bucket
 from cogcache.variants import Variant
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMAT",
+    "SCHEMA",
     "VERSION",
     "BackendName",
     "Entry",
@@ -51,10 +54,13 @@ __all__ = [
     "differences",
     "digest",
     "entry_key",
+    "sort_buckets",
 ]
 
 FORMAT: Final = "cogcache"
 VERSION: Final = 1
+SCHEMA: Final = 1
+"""Part of every fingerprint: changes when entries are made in another way that no other field tells."""
 
 IDENTITY_FILE = "cache.json"
 MANIFEST_FILE = "manifest.json"
@@ -102,13 +108,24 @@ class ModelRecord(Record):
 
 
 class Identity(Record):
-    """``cache.json``: what may be in this folder. Checked field by field before anything is added."""
+    """``cache.json``: what may be in this folder. Checked field by field before anything is added.
+
+    ``buckets`` are all that clips have ever been placed in, as ``49x480x720``, sorted as numbers.
+    """
 
     format: Literal["cogcache"] = FORMAT
     version: Literal[1] = VERSION
     backend: BackendName = "webdataset"
     model: ModelRecord
     series: dict[str, Fingerprint]
+    buckets: tuple[str, ...] = ()
+
+    @field_validator("buckets")
+    @classmethod
+    def _buckets_are_sorted(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if sort_buckets(value) != value:
+            raise ValueError("not a sorted list of buckets")
+        return value
 
 
 class MemberRecord(Record):
@@ -147,13 +164,15 @@ class SeriesRecord(Record):
 class SampleRecord(Record):
     """One row of ``samples.jsonl``: a clip, its caption, and the entries that hold them.
 
-    ``source`` is relative to the data root, with ``/``; ``window`` names the part of the video.
+    ``source`` is relative to the data root, with ``/``, and ``sha256`` the hash of its content; ``window`` names the
+    part of the video.
     ``fps`` is the rate at which frames were picked, ``None`` where every frame of the source was kept.
     ``latents`` and ``text`` are keys, ``images`` the keys of the image-condition bank in draw order.
     """
 
     id: str
     source: str
+    sha256: str
     window: str
     caption: str
     frames: int
@@ -163,6 +182,11 @@ class SampleRecord(Record):
     latents: str
     text: str
     images: tuple[str, ...] = ()
+
+    @property
+    def bucket(self) -> Bucket:
+        """Shape of the clip: batches never mix two."""
+        return Bucket(self.frames, self.height, self.width)
 
 
 class FailureRecord(Record):
@@ -217,6 +241,18 @@ class Manifest(Record):
     def sealed(self) -> Manifest:
         """A copy whose ``checksum`` is right."""
         return self.model_copy(update={"checksum": self.fingerprint()})
+
+
+def sort_buckets(buckets: Iterable[str]) -> tuple[str, ...]:
+    """Each bucket once, spelt ``49x480x720``, sorted as numbers.
+
+    Raises:
+        ValueError: if one is not a bucket.
+    """
+    try:
+        return tuple(map(str, sorted({parse_bucket(text) for text in buckets})))
+    except GeometryError as error:
+        raise ValueError(error.message) from None
 
 
 def canonical_json(value: Any) -> str:

@@ -9,18 +9,25 @@ from typing import Any
 from pydantic import ValidationError
 
 from cogcache.cache.files import write_atomic
-from cogcache.cache.format import IDENTITY_FILE, MANIFEST_FILE, VERSION, Identity, differences
+from cogcache.cache.format import (
+    IDENTITY_FILE,
+    MANIFEST_FILE,
+    VERSION,
+    Identity,
+    differences,
+    sort_buckets,
+)
 from cogcache.cache.lines import dump_sealed, load_sealed
 from cogcache.errors import CacheError, DamagedCacheError, MismatchError
 from cogcache.location import Location
 
-__all__ = ["admit", "check_same", "check_version", "read_identity", "write_identity"]
+__all__ = ["admit", "check_buckets", "check_same", "check_version", "read_identity", "write_identity"]
 
 
 def admit(root: Path, wanted: Identity) -> Identity:
     """Let a run with identity ``wanted`` into the cache in ``root``; the caller holds the cache lock.
 
-    Returns the identity of the cache from now on: all series it had, and those that are new.
+    Returns the identity of the cache from now on: all series it had, and those that are new; its buckets, and new ones.
 
     Raises:
         MismatchError, DamagedCacheError, CacheError, StorageError: as :meth:`CacheWriter.open` says.
@@ -33,6 +40,7 @@ def admit(root: Path, wanted: Identity) -> Identity:
     else:
         found = read_identity(root)
         check_same(root, found, wanted, wanted.series.keys())
+        check_buckets(root, found, wanted)
         merged = wanted.model_copy(update={"series": {**found.series, **wanted.series}})
         if merged == found:
             return merged
@@ -99,6 +107,22 @@ def check_same(root: Location, found: Identity, wanted: Identity, series: Collec
             f"{root} was made with other settings, which never mix:",
             changed,
             "Choose another --shards folder, or delete this one.",
+        )
+
+
+def check_buckets(root: Path, found: Identity, wanted: Identity) -> None:
+    """Refuse a run that leaves out a bucket of the cache: its clips would all be placed and encoded anew.
+
+    Raises:
+        MismatchError: naming both lists.
+    """
+    missing = set(found.buckets) - set(wanted.buckets)
+    if missing:
+        flags = " ".join(f"--bucket {bucket}" for bucket in sort_buckets({*found.buckets, *wanted.buckets}))
+        raise MismatchError(
+            f"{root} has clips of other frame counts or sizes, which never go by accident:",
+            {"buckets": (" ".join(found.buckets), " ".join(wanted.buckets))},
+            f"Name the old ones, too ({flags}), or choose another --shards folder.",
         )
 
 

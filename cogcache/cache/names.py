@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from cogcache.errors import CacheError
 
-__all__ = ["ShardName", "check_series", "is_series", "parse_shard"]
+__all__ = ["ShardName", "check_series", "is_series", "is_shard", "parse_group", "parse_shard"]
 
 _SERIES = r"[a-z][a-z0-9_]{0,31}"
 _GROUP = r"[1-9][0-9]{0,6}(?:x[1-9][0-9]{0,6}){0,3}"
@@ -61,6 +61,26 @@ def parse_shard(text: str, series: str | None = None) -> ShardName:
     if str(name) != text:
         raise ValueError(f"{text!r:.80} is not spelt as the name of a shard")
     return name
+
+
+def is_shard(text: str, series: str) -> bool:
+    """Whether ``text`` can be a shard of that series."""
+    try:
+        parse_shard(text, series)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_group(text: object) -> tuple[int, ...]:
+    """``"49x480x720"`` as numbers.
+
+    Raises:
+        ValueError: if it is not a group.
+    """
+    if not isinstance(text, str) or not re.fullmatch(_GROUP, text):
+        raise ValueError(f"{text!r:.40} is not a group")
+    return tuple(int(number) for number in text.split("x"))
 
 
 def is_series(name: str) -> bool:

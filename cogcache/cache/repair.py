@@ -29,11 +29,11 @@ from cogcache.cache.format import (
     FailureRecord,
     Identity,
     SampleRecord,
-    entry_key,
 )
 from cogcache.cache.identity import write_identity
 from cogcache.cache.index import parse_index
 from cogcache.cache.journal import Journal
+from cogcache.cache.keys import text_key
 from cogcache.cache.lines import seal_line
 from cogcache.cache.names import ShardName, parse_shard
 from cogcache.cache.shard_check import ShardFinding, read_contents, records_of
@@ -225,7 +225,7 @@ def _mend_tables(
         return
     root, rows = checked.seen.root, checked.seen.samples
     keys = now.good_keys()
-    unconditional = entry_key(identity.series.get(TEXT, {}), caption="")
+    unconditional = text_key(identity.series.get(TEXT, {}), "")
     if checked.seen.manifest is not None:
         unconditional = checked.seen.manifest.unconditional
     if rows is None or unconditional not in keys[TEXT]:

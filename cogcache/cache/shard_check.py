@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +18,7 @@ from cogcache.cache.damage import Damage
 from cogcache.cache.format import EntryRecord, MemberRecord, ShardRecord
 from cogcache.cache.index import ShardIndex, build_index, parse_index
 from cogcache.cache.lines import parse_object
+from cogcache.cache.names import parse_shard
 from cogcache.cache.stored import Contents, head_facts
 
 __all__ = ["ShardFinding", "examine", "read_contents", "records_of"]
@@ -77,6 +78,7 @@ def examine(
         advance: Told how many bytes more were read.
     """
     found = ShardFinding(expected.series, name, backend.data_file(name))
+    expected = replace(expected, group=parse_shard(name).group_text)
     path = folder / found.file
     index = _read_index(folder, record, backend, found)
     if not path.is_file() or path.is_symlink():

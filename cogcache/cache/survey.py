@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -31,11 +31,12 @@ from cogcache.cache.format import (
     ValidationRecord,
     canonical_json,
     digest,
-    entry_key,
+    sort_buckets,
 )
 from cogcache.cache.identity import read_identity
+from cogcache.cache.keys import latent_key, text_key
 from cogcache.cache.lines import parse_object
-from cogcache.cache.names import is_series, parse_shard
+from cogcache.cache.names import is_series, is_shard, parse_shard
 from cogcache.cache.storage import LocalStorage
 from cogcache.cache.tables import read_manifest, read_table
 from cogcache.errors import CacheError
@@ -155,7 +156,14 @@ def _find_identity(seen: Survey) -> None:
 
 def _identity_of(manifest: Manifest) -> Identity:
     series = {name: record.fingerprint for name, record in manifest.series.items()}
-    return Identity(backend=manifest.backend, model=manifest.model, series=series)
+    names = [shard.name for record in manifest.series.values() for shard in record.shards]
+    return Identity(backend=manifest.backend, model=manifest.model, series=series, buckets=_buckets(names))
+
+
+def _buckets(shards: Iterable[str]) -> tuple[str, ...]:
+    """What the names of shards of latents tell: buckets that hold no clip are in no name."""
+    names = (parse_shard(shard) for shard in shards if is_shard(shard, LATENTS))
+    return sort_buckets(name.group_text for name in names if len(name.group) == 3)
 
 
 def _identity_of_shards(root: Path) -> Identity | None:
@@ -180,7 +188,8 @@ def _identity_of_shards(root: Path) -> Identity | None:
         return None
     series = {name: parse_object(votes[name].most_common(1)[0][0].encode()) for name in sorted(votes)}
     model = ModelRecord(id="unknown", variant=Variant.model_validate_json(variants.most_common(1)[0][0]))
-    return Identity(backend=backends.most_common(1)[0][0], model=model, series=series)
+    buckets = _buckets(path.name.split(".")[0] for _, _, path in _shard_files(root))
+    return Identity(backend=backends.most_common(1)[0][0], model=model, series=series, buckets=buckets)
 
 
 def _find_shards(seen: Survey) -> None:
@@ -211,15 +220,7 @@ def _on_disk(folder: Path, backend: Backend, *, lost_indexes: bool) -> list[str]
     committed = {name.removesuffix(_INDEX) for name in files if name.endswith(_INDEX)}
     lost = {shard for shard, tail, _ in data_files(backend, folder) if not tail} if lost_indexes else ()
     unsure = {n for n in lost if not {f"{n}.plan.json", f"{n}.index.part", f"{n}.index.damaged"} & files}
-    return sorted(name for name in committed | unsure if _belongs(name, folder.name))
-
-
-def _belongs(name: str, series: str) -> bool:
-    try:
-        parse_shard(name, series)
-    except ValueError:
-        return False
-    return True
+    return sorted(name for name in committed | unsure if is_shard(name, folder.name))
 
 
 def _read_tables(seen: Survey) -> None:
@@ -234,7 +235,7 @@ def _read_tables(seen: Survey) -> None:
         seen.samples = _proven(seen.samples, seen.identity)
         fingerprint = seen.identity.series.get(TEXT, {})
         rows = seen.validation or []
-        right = all(row.text == entry_key(fingerprint, caption=row.prompt) for row in rows)
+        right = all(row.text == text_key(fingerprint, row.prompt) for row in rows)
         seen.validation = rows if right else None
 
 
@@ -269,11 +270,13 @@ def _proven(rows: Sequence[SampleRecord] | None, identity: Identity) -> list[Sam
 
 
 def _proves_itself(row: SampleRecord, listed: Counter[tuple[str, str]], identity: Identity) -> bool:
-    said = {"frames": row.frames, "size": f"{row.height}x{row.width}", "fps": row.fps or "source"}
     made = identity.series.get(LATENTS, {})
-    if any(made.get(name, value) != value for name, value in said.items()):
+    fps = row.fps or "source"
+    if made.get("fps", fps) != fps:
+        return False
+    if row.latents != latent_key(made, row.sha256, row.window, row.bucket):
         return False
     tries = min(_MOST_LISTED, listed[row.source, row.window] + 1000)
-    return row.text == entry_key(identity.series.get(TEXT, {}), caption=row.caption) and any(
+    return row.text == text_key(identity.series.get(TEXT, {}), row.caption) and any(
         row.id == digest([row.source, row.window, number])[:16] for number in range(tries)
     )

@@ -6,7 +6,6 @@ caches give equal bytes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,12 +20,14 @@ from cogcache.cache.format import (
     Manifest,
     SampleRecord,
     ValidationRecord,
+    sort_buckets,
 )
 from cogcache.cache.identity import check_same
 from cogcache.cache.names import parse_shard
 from cogcache.cache.reader import CacheReader
 from cogcache.cache.writer import CacheWriter
 from cogcache.errors import CacheError, MismatchError
+from cogcache.geometry import parse_bucket
 from cogcache.location import Location
 from cogcache.progress import Progress
 
@@ -48,6 +49,7 @@ def export_shards(
         query, bucket, names, limit: As :func:`choose` says; ``names`` is a UTF-8 file, one a line.
 
     Raises:
+        GeometryError: if ``bucket`` is none.
         CacheError: if nothing is chosen, a name is unknown, or ``out`` is a finished cache.
         DamagedCacheError: if an entry is not the one that was committed.
         StorageError: if the new cache cannot be written.
@@ -77,15 +79,11 @@ def choose(
         limit: At most so many, the first by id.
 
     Raises:
-        CacheError: if ``bucket`` is none, or a name is neither a source nor an id.
+        GeometryError: if ``bucket`` is none.
+        CacheError: if a name is neither a source nor an id.
     """
     words = query.casefold().split()
-    numbers = re.fullmatch(
-        r"\s*(\d{1,6})\s*x\s*(\d{1,6})\s*x\s*(\d{1,6})\s*", bucket, re.IGNORECASE | re.ASCII
-    )
-    if bucket and not numbers:
-        raise CacheError(f"{bucket!r:.60} is not a bucket.", "Give frames x height x width: 49x480x720.")
-    shape = tuple(int(number) for number in numbers.groups()) if numbers else None
+    shape = parse_bucket(bucket) if bucket else None
     known = {name for row in samples for name in (row.source, row.id)}
     unknown = [name for name in names or () if name not in known]
     if unknown:
@@ -95,7 +93,7 @@ def choose(
     found = [
         row
         for row in samples
-        if (shape is None or (row.frames, row.height, row.width) == shape)
+        if (shape is None or row.bucket == shape)
         and (listed is None or not listed.isdisjoint((row.source, row.id)))
         and all(word in f"{row.caption}\n{row.source}".casefold() for word in words)
     ]
@@ -178,7 +176,8 @@ def _write(
     texts = [unconditional, *(row.text for row in rows), *(row.text for row in prompts)]
     images = [key for row in rows for key in row.images] + [row.image for row in prompts if row.image]
     wanted = {LATENTS: [row.latents for row in rows], TEXT: texts, IMAGES: images}
-    writer = CacheWriter.open(out, _identity(readers[0]))
+    buckets = sort_buckets({str(row.bucket) for row in rows})
+    writer = CacheWriter.open(out, _identity(readers[0]).model_copy(update={"buckets": buckets}))
     for series in sorted(writer.identity.series):
         _copy(writer, readers, series, list(dict.fromkeys(wanted.get(series, []))))
     return writer.commit(rows, failures, unconditional, prompts)

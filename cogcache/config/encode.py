@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import (
-    field_validator,
-)
+from pydantic import field_validator, model_validator
 
 from cogcache.config.base import CommandConfig, DtypeChoice, setting
 
@@ -46,6 +44,12 @@ class EncodeConfig(CommandConfig):
     )
     size: str | None = setting(
         None, "Picture size, HEIGHTxWIDTH in pixels. Default: the model's own, e.g. 480x720.", panel=_FRAMES
+    )
+    bucket: list[str] = setting(
+        [],
+        "FRAMESxHEIGHTxWIDTH, as often as wanted, instead of --frames and --size: each clip goes where the least of "
+        "it is lost or made up. auto: a few that suit the clips, decided once.",
+        panel=_FRAMES,
     )
     fps: str = setting(
         "native",
@@ -125,6 +129,19 @@ class EncodeConfig(CommandConfig):
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.", panel=_RUN)
     workers: int = setting(2, "Threads that decode video ahead of the encoder.", panel=_RUN, ge=1)
     shard_size: float = setting(256.0, "Size at which a shard is full, in MB.", panel=_CACHE, gt=0)
+
+    @field_validator("bucket", mode="before")
+    @classmethod
+    def _one_bucket_is_a_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _buckets_stand_alone(self) -> EncodeConfig:
+        if self.bucket and (self.frames is not None or self.size is not None):
+            raise ValueError("--bucket takes the place of --frames and --size: give either.")
+        if "auto" in self.bucket and len(self.bucket) > 1:
+            raise ValueError("--bucket auto stands alone: leave it or the other buckets out.")
+        return self
 
     @field_validator("fps", mode="before")
     @classmethod

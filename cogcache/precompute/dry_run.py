@@ -19,7 +19,7 @@ from cogcache.cache.format import (
     FailureRecord,
     SampleRecord,
 )
-from cogcache.cache.identity import check_same, read_identity
+from cogcache.cache.identity import check_buckets, check_same, read_identity
 from cogcache.cache.journal import Journal
 from cogcache.cache.storage import LocalStorage
 from cogcache.cache.tables import read_manifest, read_table
@@ -71,7 +71,7 @@ def plan_run(config: EncodeConfig) -> RunPlan:
         CogcacheError: as a run would, for bad lists, settings or a damaged cache.
     """
     items = find_clips(config.data_root, config.dataset, config.allow_outside)
-    settings = decide(config)
+    settings = decide(config, items)
     clips = plan_clips(items, settings)
     prompts = plan_validation(settings)
     before = _before(settings)
@@ -98,6 +98,7 @@ def _before(settings: EncodeSettings) -> _Before:
     identity, wanted = read_identity(root), settings.identity()
     again = {IMAGES} if settings.config.remake_images else set()
     check_same(root, identity, wanted, wanted.series.keys() - again)
+    check_buckets(root, identity, wanted)
     for name in wanted.series.keys() - again:
         if name in identity.series and (root / name).is_dir():  # a folder that is there is not written to
             folder = SeriesFolder(root, identity, name)
@@ -134,8 +135,10 @@ def _reasons(clip: ClipWork, before: _Before, missing: Sequence[tuple[str, str]]
     if row is None:
         return ["new"] if missing or before.samples else []
     reasons = []
-    if row.latents != clip.latents:
+    if row.sha256 != clip.sha256:
         reasons.append("changed file")
+    if row.bucket != clip.bucket:
+        reasons.append(f"moved from bucket {row.bucket} to {clip.bucket}")
     if row.text != clip.text:
         reasons.append(f"changed caption: was {row.caption!r:.60}, is {clip.item.caption!r:.60}")
     if row.images != clip.images and row.latents == clip.latents:

@@ -12,21 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cogcache.cache.format import IMAGES, LATENTS, TEXT, FailureRecord, Manifest
+from cogcache.cache.names import parse_group
 from cogcache.cache.writer import CacheWriter, drop_series
 from cogcache.config import EncodeConfig
 from cogcache.config_io import save_config
 from cogcache.errors import PartialFailureError
+from cogcache.geometry import Size
 from cogcache.models import torch_dtype
 from cogcache.precompute.clips import ClipWork, plan_clips, text_key
 from cogcache.precompute.datasets import find_clips
 from cogcache.precompute.dry_run import plan_run, tell_plan
 from cogcache.precompute.pieces import image_pieces, latent_piece, validation_pieces
 from cogcache.precompute.settings import EncodeSettings, decide
-from cogcache.precompute.stages import Tally, encode_pieces, encode_text
+from cogcache.precompute.stages import Piece, Tally, encode_pieces, encode_text
 from cogcache.precompute.text import FrozenText
 from cogcache.precompute.vae import FrozenVae
 from cogcache.precompute.validation import ValidationPrompts, plan_validation
@@ -79,7 +82,7 @@ def encode_all(config: EncodeConfig) -> EncodeResult:
         shards = config.shards or Path("shards") / config.data_root.resolve().name
         return EncodeResult(shards, None, plan.unchanged + len(plan.changes), 0, 0, [])
     items = find_clips(config.data_root, config.dataset, config.allow_outside)
-    settings = decide(config)
+    settings = decide(config, items)
     clips = plan_clips(items, settings)
     prompts = plan_validation(settings)
     if config.remake_images:
@@ -101,19 +104,14 @@ def _pictures(
     latents = [latent_piece(clip) for clip in clips]
     images = [piece for clip in clips for piece in image_pieces(clip, settings)]
     images += validation_pieces(prompts.images, settings)
-    channels, *_, height, width = settings.variant.latent_shape(settings.frames, settings.size)
-    clip_values = 2 * _product(settings.variant.latent_shape(settings.frames, settings.size))
-    writer.plan(
-        LATENTS, [piece.key for piece in latents], _per_shard(settings, settings.vae_dtype, clip_values)
-    )
+    _plan(writer, LATENTS, latents, settings)
     workers = settings.config.workers
     try:
         vae = cache(lambda: _load_vae(settings))
         clip_tally = encode_pieces(writer, LATENTS, latents, vae, unit="clips", workers=workers)
         image_tally = Tally()
         if images:
-            entries = _per_shard(settings, settings.vae_dtype, channels * height * width)
-            writer.plan(IMAGES, [piece.key for piece in images], entries)
+            _plan(writer, IMAGES, images, settings)
             image_tally = encode_pieces(writer, IMAGES, images, vae, unit="image conditions", workers=workers)
         return clip_tally, image_tally
     finally:
@@ -121,9 +119,27 @@ def _pictures(
         _free_memory()
 
 
+def _plan(
+    writer: CacheWriter, series: str, pieces: Sequence[Piece[Any, Any]], settings: EncodeSettings
+) -> None:
+    """Plan the shards of each group by itself, in the order of their numbers."""
+    groups: dict[str, list[str]] = {}
+    for piece in pieces:
+        groups.setdefault(piece.group, []).append(piece.key)
+    for group in sorted(groups, key=parse_group):
+        *frames, height, width = parse_group(group)
+        # Latents are kept as mean and log-variance, image conditions as one value.
+        parts = 2 if series == LATENTS else 1
+        values = parts * _product(
+            settings.variant.latent_shape(frames[0] if frames else 1, Size(height, width))
+        )
+        writer.plan(series, groups[group], _per_shard(settings, settings.vae_dtype, values), group)
+
+
 def _load_vae(settings: EncodeSettings) -> FrozenVae:
     vae = FrozenVae(settings.model_root, settings.vae_dtype, tiled=settings.tiled, device=settings.device)
-    vae.check_size(settings.size)
+    for bucket in settings.buckets:
+        vae.check_size(bucket.size)
     return vae
 
 
@@ -135,7 +151,8 @@ def _text(
         {text_key(settings, ""): ""} | {clip.text: clip.item.caption for clip in clips} | prompts.captions
     )
     values = settings.variant.text_length * settings.variant.text_dim
-    writer.plan(TEXT, list(captions), _per_shard(settings, settings.text_dtype, values))
+    group = str(settings.variant.text_length)
+    writer.plan(TEXT, list(captions), _per_shard(settings, settings.text_dtype, values), group)
     try:
         load = partial(_load_text, settings, list(captions.values()))
         return encode_text(writer, captions, load, settings.config.text_batch_size)

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 
-from cogcache.cache.format import Entry, Fingerprint, entry_key
+from cogcache.cache.format import Entry, Fingerprint
+from cogcache.cache.keys import image_key
 from cogcache.draws import generator, seed_for
 from cogcache.errors import VideoError
+from cogcache.geometry import Size
 from cogcache.hashing import content_id
 from cogcache.pictures import load_picture
 from cogcache.precompute.settings import SIGMA_LOG_MEAN, SIGMA_LOG_STD, EncodeSettings
@@ -27,7 +29,7 @@ __all__ = ["ImageSource", "clean_key", "draw_keys", "encode_draw"]
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where a conditioning image comes from: a picture file, or the first frame of a clip.
+    """Where a conditioning image comes from: a picture file, or the first frame of a clip; and its size when fitted.
 
     ``identity`` changes when the picture does.
     """
@@ -36,17 +38,18 @@ class ImageSource:
     request: ClipRequest | None
     identity: str
     name: str
+    size: Size
 
     @classmethod
-    def of_file(cls, path: Path, name: str) -> ImageSource:
+    def of_file(cls, path: Path, name: str, size: Size) -> ImageSource:
         """A picture file."""
-        return cls(path, None, f"file {content_id(path)}", name)
+        return cls(path, None, f"file {content_id(path)}", name, size)
 
     @classmethod
     def of_clip(cls, path: Path, request: ClipRequest, sha256: str, name: str) -> ImageSource:
         """The first frame of the clip that ``request`` picks."""
         picked = f"frames {request.frames} fps {request.fps} window {request.window} short {request.short}"
-        return cls(path, request, f"clip {sha256} {picked} reader {request.reader}", name)
+        return cls(path, request, f"clip {sha256} {picked} reader {request.reader}", name, request.size)
 
     def load(self, settings: EncodeSettings) -> torch.Tensor:
         """The fitted picture, uint8 ``[H, W, 3]``.
@@ -58,17 +61,17 @@ class ImageSource:
             raise VideoError("the file could not be read")
         if self.request is not None:
             return load_first_frame(self.path, self.request)
-        return load_picture(self.path, settings.size, settings.config.fit, settings.config.interpolation)
+        return load_picture(self.path, self.size, settings.config.fit, settings.config.interpolation)
 
 
 def draw_keys(fingerprint: Fingerprint, source: ImageSource, draws: int) -> list[str]:
     """Keys of the bank, one a draw. A larger bank begins with the smaller one."""
-    return [entry_key(fingerprint, image=source.identity, draw=number) for number in range(draws)]
+    return [image_key(fingerprint, source.identity, source.size, number) for number in range(draws)]
 
 
 def clean_key(fingerprint: Fingerprint, source: ImageSource) -> str:
     """Key of the image without noise, as inference sees it; for validation."""
-    return entry_key(fingerprint, image=source.identity, draw="clean")
+    return image_key(fingerprint, source.identity, source.size, None)
 
 
 def encode_draw(
@@ -98,6 +101,7 @@ def encode_draw(
     facts = {
         "source": source.name,
         "image": source.identity,
+        "size": str(source.size),
         "draw": draw,
         "sigma": sigma,
         "seed": seed_for(*purpose),

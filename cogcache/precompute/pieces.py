@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from cogcache.cache.format import Entry
-from cogcache.errors import VideoError
+from cogcache.errors import TooShortError, VideoError
 from cogcache.precompute.clips import ClipWork
 from cogcache.precompute.images import ImageSource, encode_draw
 from cogcache.precompute.settings import EncodeSettings
@@ -25,15 +25,23 @@ def latent_piece(clip: ClipWork) -> Piece[FrozenVae, Clip]:
         moments = vae.encode(decoded.frames.unsqueeze(0))[0]
         if not torch.isfinite(moments).all():
             raise VideoError("the VAE gave values that are not finite; try --vae-dtype float32")
-        facts = {**decoded.facts, "source": clip.item.source, "sha256": clip.sha256, "window": clip.window}
+        facts = {
+            **decoded.facts,
+            "source": clip.item.source,
+            "sha256": clip.sha256,
+            "window": clip.window,
+            "bucket": str(clip.bucket),
+        }
         return Entry(clip.latents, {"moments": moments}, facts)
 
     def read() -> Clip:
         if clip.sha256.startswith("unreadable"):
             raise VideoError(f"cannot be read: {clip.sha256.rsplit(': ', 1)[1]}")  # its key names no content
+        if clip.trouble:
+            raise TooShortError(clip.trouble)
         return load_clip(clip.item.path, clip.request)
 
-    return Piece(clip.latents, clip.item.source, clip.latents, read, encode)
+    return Piece(clip.latents, clip.item.source, str(clip.bucket), clip.latents, read, encode)
 
 
 def image_pieces(clip: ClipWork, settings: EncodeSettings) -> list[Piece[FrozenVae, torch.Tensor]]:
@@ -56,4 +64,4 @@ def _image_piece(
     def encode(vae: FrozenVae, image_hwc: torch.Tensor) -> Entry:
         return encode_draw(vae, image_hwc, source, key, draw)
 
-    return Piece(key, source.name, source.identity, lambda: source.load(settings), encode)
+    return Piece(key, source.name, str(source.size), source.identity, lambda: source.load(settings), encode)

@@ -16,7 +16,7 @@ import torch
 
 from cogcache.cache.damage import Damage, Report
 from cogcache.cache.format import LATENTS, Identity, SampleRecord, digest
-from cogcache.cache.identity import check_same
+from cogcache.cache.identity import check_buckets, check_same, read_identity
 from cogcache.cache.reader import CacheReader
 from cogcache.config import EncodeConfig
 from cogcache.config_io import load_config
@@ -82,6 +82,7 @@ def decode_again(
     settings = _settings(root, data_root, device)
     identity = settings.identity()
     check_same(root, _identity(cache), identity, [LATENTS])
+    check_buckets(root, read_identity(root), identity)
     clips = _clips(rows, settings)
     report.facts += [
         f"{row.source}: not the file that was encoded, or gone; its latent cannot be compared"
@@ -91,9 +92,10 @@ def decode_again(
     rows = [row for row in rows if row.latents in clips]
     vae = FrozenVae(settings.model_root, settings.vae_dtype, tiled=settings.tiled, device=settings.device)
     dtype = torch_dtype(settings.vae_dtype)
+    largest = max((bucket.size for bucket in settings.buckets), key=lambda size: size.height * size.width)
     with (
         Progress("Decoding", len(rows), "clips") as progress,
-        open_decoder(settings.model_root, dtype, settings.device, settings.size) as decoder,
+        open_decoder(settings.model_root, dtype, settings.device, largest) as decoder,
     ):
         for row in rows:
             _look(report, cache, row, clips[row.latents], settings, vae, decoder)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cogcache.cache.format import IDENTITY_FILE, IMAGES, LATENTS, TEXT, Fingerprint, Identity, ModelRecord
+from cogcache.cache.format import (
+    IDENTITY_FILE,
+    IMAGES,
+    LATENTS,
+    TEXT,
+    Fingerprint,
+    Identity,
+    ModelRecord,
+    sort_buckets,
+)
 from cogcache.cache.identity import read_identity
 from cogcache.config import EncodeConfig
 from cogcache.errors import ConfigError
-from cogcache.geometry import Size, parse_size
+from cogcache.geometry import Bucket, parse_bucket, parse_size
 from cogcache.models import Component, pick_device, resolve_model
+from cogcache.precompute.buckets import Placing, choose_buckets
+from cogcache.precompute.paths import ClipItem
+from cogcache.precompute.shapes import look_at
 from cogcache.precompute.text import text_fingerprint
 from cogcache.precompute.vae import choose_tiling, vae_fingerprint
+from cogcache.progress import say
 from cogcache.variants import Variant, read_variant, weights_dtype
 
 __all__ = ["SIGMA_LOG_MEAN", "SIGMA_LOG_STD", "EncodeSettings", "decide"]
@@ -27,19 +42,29 @@ _COMPONENTS: tuple[Component, ...] = ("vae", "text_encoder", "tokenizer")
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """Everything decided. ``fps`` is ``None`` where every source frame is kept."""
+    """Everything decided. ``fps`` is ``None`` where every source frame is kept; there is at least one bucket."""
 
     config: EncodeConfig
     model_root: Path
     shards: Path
     variant: Variant
     device: torch.device
-    frames: int
-    size: Size
+    buckets: tuple[Bucket, ...]
     fps: float | None
     vae_dtype: str
     text_dtype: str
     tiled: bool
+
+    @property
+    def main(self) -> Bucket:
+        """The bucket for what is no clip of its own: the model's default if it is among them, else the first."""
+        default = Bucket.of(self.variant.sample_frames, self.variant.default_size)
+        return default if default in self.buckets else self.buckets[0]
+
+    @property
+    def placing(self) -> Placing:
+        """How clips are placed in buckets."""
+        return Placing(self.config.fit, self.config.short, self.config.windows)
 
     def effective(self) -> EncodeConfig:
         """The settings with everything decided filled in: run with them again, the same is made.
@@ -51,8 +76,7 @@ class EncodeSettings:
                 "data_root": self.config.data_root.resolve(),
                 "model": self._model_id(),
                 "shards": self.shards.resolve(),
-                "frames": self.frames,
-                "size": str(self.size),
+                **self._effective_buckets(),
                 "fps": "source" if self.fps is None else repr(self.fps).removesuffix(".0"),
                 "vae_dtype": self.vae_dtype,
                 "text_dtype": self.text_dtype,
@@ -61,12 +85,21 @@ class EncodeSettings:
             }
         )
 
+    def _effective_buckets(self) -> dict[str, Any]:
+        if len(self.buckets) == 1:
+            return {"frames": self.main.frames, "size": str(self.main.size), "bucket": []}
+        return {"frames": None, "size": None, "bucket": [str(bucket) for bucket in self.buckets]}
+
     def identity(self) -> Identity:
         """What the cache folder is bound to."""
         series = {LATENTS: self.latents_fingerprint(), TEXT: self.text_fingerprint()}
         if self.variant.task == "i2v":
             series[IMAGES] = self.images_fingerprint()
-        return Identity(model=ModelRecord(id=self._model_id(), variant=self.variant), series=series)
+        return Identity(
+            model=ModelRecord(id=self._model_id(), variant=self.variant),
+            series=series,
+            buckets=sort_buckets(map(str, self.buckets)),
+        )
 
     def _model_id(self) -> str:
         # A local folder is remembered in full, so that training finds it from any working directory.
@@ -74,12 +107,10 @@ class EncodeSettings:
         return str(local.resolve()) if local.is_dir() else self.config.model
 
     def latents_fingerprint(self) -> Fingerprint:
-        """Everything that determines the bytes of a latent, beside the file itself."""
+        """Everything that determines the bytes of a latent, beside the file itself, the window and the bucket."""
         config = self.config
         return {
             **vae_fingerprint(self.model_root, self.vae_dtype, tiled=self.tiled),
-            "frames": self.frames,
-            "size": str(self.size),
             "fps": "source" if self.fps is None else self.fps,
             "window": config.window if config.windows == 1 else f"{config.windows} windows",
             "short": config.short,
@@ -89,10 +120,9 @@ class EncodeSettings:
         }
 
     def images_fingerprint(self) -> Fingerprint:
-        """Everything that determines the bytes of an image condition, beside the picture and the draw's number."""
+        """Everything that determines the bytes of an image condition, beside the picture, its size and the draw."""
         return {
             **vae_fingerprint(self.model_root, self.vae_dtype, tiled=self.tiled),
-            "size": str(self.size),
             "fit": self.config.fit,
             "interpolation": self.config.interpolation,
             "sigma_log_mean": SIGMA_LOG_MEAN,
@@ -104,8 +134,11 @@ class EncodeSettings:
         return text_fingerprint(self.model_root, self.text_dtype, self.variant.text_length)
 
 
-def decide(config: EncodeConfig) -> EncodeSettings:
+def decide(config: EncodeConfig, items: Sequence[ClipItem] = ()) -> EncodeSettings:
     """Fill in what the settings leave to the model, and check it against the model.
+
+    Args:
+        items: The clips, which ``--bucket auto`` looks at where no cache has decided it yet.
 
     Raises:
         ModelError, GeometryError, ConfigError: if something does not fit.
@@ -113,12 +146,11 @@ def decide(config: EncodeConfig) -> EncodeSettings:
     """
     root = resolve_model(config.model, _COMPONENTS)
     variant = read_variant(root)
-    frames = config.frames or variant.sample_frames
-    size = parse_size(config.size) if config.size else variant.default_size
-    variant.check_clip(frames, size)
     if config.remake_images and variant.task != "i2v":
         raise ConfigError("this model is text-to-video: there are no image conditions to remake.")
     shards = config.shards or Path("shards") / config.data_root.resolve().name
+    fps = _fps(config.fps, variant)
+    buckets = _buckets(config, variant, shards, items, fps)
     device = pick_device(config.device)
     vae_dtype = weights_dtype(root / "vae") if config.vae_dtype == "auto" else config.vae_dtype
     text_dtype = weights_dtype(root / "text_encoder") if config.text_dtype == "auto" else config.text_dtype
@@ -128,12 +160,11 @@ def decide(config: EncodeConfig) -> EncodeSettings:
         shards=shards,
         variant=variant,
         device=device,
-        frames=frames,
-        size=size,
-        fps=_fps(config.fps, variant),
+        buckets=buckets,
+        fps=fps,
         vae_dtype=vae_dtype,
         text_dtype=text_dtype,
-        tiled=_tiled(config, shards, size, vae_dtype, device),
+        tiled=_tiled(config, shards, buckets, vae_dtype, device),
     )
 
 
@@ -143,8 +174,40 @@ def _fps(wanted: str, variant: Variant) -> float | None:
     return float(variant.native_fps) if wanted == "native" else float(wanted)
 
 
-def _tiled(config: EncodeConfig, shards: Path, size: Size, dtype: str, device: torch.device) -> bool:
+def _buckets(
+    config: EncodeConfig, variant: Variant, shards: Path, items: Sequence[ClipItem], fps: float | None
+) -> tuple[Bucket, ...]:
+    if config.bucket == ["auto"]:
+        return _auto_buckets(config, variant, shards, items, fps)
+    if config.bucket:
+        buckets = tuple(dict.fromkeys(parse_bucket(text) for text in config.bucket))
+    else:
+        size = parse_size(config.size) if config.size else variant.default_size
+        buckets = (Bucket.of(config.frames or variant.sample_frames, size),)
+    for bucket in buckets:
+        variant.check_clip(bucket.frames, bucket.size)
+    return buckets
+
+
+def _auto_buckets(
+    config: EncodeConfig, variant: Variant, shards: Path, items: Sequence[ClipItem], fps: float | None
+) -> tuple[Bucket, ...]:
+    """Those that the cache was begun with; for a new one, a few that suit the clips."""
+    begun = read_identity(shards).buckets if (shards / IDENTITY_FILE).is_file() else ()
+    if begun:
+        say(f"Note: --bucket auto keeps the buckets of this cache: {' '.join(begun)}.")
+        return tuple(map(parse_bucket, begun))
+    shapes = [shape for shape in look_at([item.path for item in items], fps, config.workers) if shape]
+    chosen = choose_buckets(shapes, variant, Placing(config.fit, config.short, config.windows))
+    say(f"Note: --bucket auto takes {' '.join(map(str, chosen))}.")
+    return tuple(chosen)
+
+
+def _tiled(
+    config: EncodeConfig, shards: Path, buckets: Sequence[Bucket], dtype: str, device: torch.device
+) -> bool:
     """A cache begun with one choice keeps it: what ``auto`` finds depends on the memory free today."""
     if config.tiling == "auto" and (shards / IDENTITY_FILE).is_file():
         return bool(read_identity(shards).series.get(LATENTS, {}).get("vae_tiling", "off") != "off")
-    return choose_tiling(config.tiling, size, dtype, device)
+    largest = max((bucket.size for bucket in buckets), key=lambda size: size.height * size.width)
+    return choose_tiling(config.tiling, largest, dtype, device)

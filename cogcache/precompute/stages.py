@@ -34,6 +34,7 @@ class Piece(Generic[Model, Raw]):
     Attributes:
         key: Its key.
         source: The file it comes from, for the failure ledger.
+        group: Shape that it shares with all entries of its shard: ``49x480x720``.
         raw_id: Neighbours with the same one share a single ``read``.
         read: Runs in a thread; raises :class:`VideoError` if the file cannot be used.
         encode: Runs on the device; raises :class:`VideoError` if the result is of no use.
@@ -41,6 +42,7 @@ class Piece(Generic[Model, Raw]):
 
     key: str
     source: str
+    group: str
     raw_id: str
     read: Callable[[], Raw]
     encode: Callable[[Model, Raw], Entry]

@@ -8,17 +8,20 @@ from pathlib import Path
 
 import torch
 
-from cogcache.cache.format import Fingerprint
+from cogcache.cache.format import SCHEMA, Fingerprint
 from cogcache.hashing import file_sha256, weights_sha256
 from cogcache.models import loading, torch_dtype
+from cogcache.precompute.components import config_digest
 
 __all__ = ["FrozenText", "text_fingerprint"]
 
 
 def text_fingerprint(root: Path, dtype: str, length: int) -> Fingerprint:
-    """What determines the bytes of an embedding: weights, tokenizer, precision, token length."""
+    """What determines the bytes of an embedding: weights, config, tokenizer, precision, token length."""
     return {
+        "schema": SCHEMA,
         "text_weights": weights_sha256(root / "text_encoder"),
+        "text_config": config_digest(root, "text_encoder"),
         "text_tokenizer": _tokenizer_sha256(root / "tokenizer"),
         "text_dtype": dtype,
         "text_length": length,

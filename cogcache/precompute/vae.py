@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from cogcache.cache.format import Fingerprint, digest
+from cogcache.cache.format import SCHEMA, Fingerprint
 from cogcache.errors import GeometryError, ModelError
 from cogcache.geometry import Size
 from cogcache.hashing import weights_sha256
 from cogcache.models import loading, torch_dtype
+from cogcache.precompute.components import config_digest
 from cogcache.variants import read_config
 
 __all__ = ["FrozenVae", "choose_tiling", "to_pixels", "vae_fingerprint"]
@@ -35,12 +36,12 @@ def choose_tiling(wanted: str, size: Size, dtype: str, device: torch.device) -> 
 def vae_fingerprint(root: Path, dtype: str, *, tiled: bool) -> Fingerprint:
     """What of the VAE determines the bytes of a latent: weights, config, precision, tiling."""
     folder = root / "vae"
-    config = {k: v for k, v in read_config(root, "vae/config.json").items() if not k.startswith("_")}
     return {
+        "schema": SCHEMA,
         "vae_weights": weights_sha256(folder),
-        "vae_config": digest(config),
+        "vae_config": config_digest(root, "vae"),
         "vae_dtype": dtype,
-        "vae_tiling": _tiling_text(config) if tiled else "off",
+        "vae_tiling": _tiling_text(read_config(root, "vae/config.json")) if tiled else "off",
         "vae_frame_batch": 8,
     }
 

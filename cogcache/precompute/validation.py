@@ -18,8 +18,8 @@ from cogcache.cache.format import (
     FailureRecord,
     ValidationRecord,
     digest,
-    entry_key,
 )
+from cogcache.cache.keys import text_key
 from cogcache.cache.tables import current_validation
 from cogcache.errors import ConfigError, DatasetError, VideoError
 from cogcache.precompute.images import ImageSource, clean_key
@@ -91,12 +91,12 @@ def plan_validation(settings: EncodeSettings) -> ValidationPrompts:
         )
     prompts, pictures = _read(config.validation_prompts, config.validation_images, settings)
     prints = settings.identity().series
-    sources = [ImageSource.of_file(path, name) for path, name in pictures]
+    sources = [ImageSource.of_file(path, name, settings.main.size) for path, name in pictures]
     keys = [clean_key(prints[IMAGES], source) for source in sources]
     rows = tuple(
         ValidationRecord(
             prompt=prompt,
-            text=entry_key(prints[TEXT], caption=prompt),
+            text=text_key(prints[TEXT], prompt),
             image=keys[number] if keys else None,
             image_name=sources[number].name if sources else None,
         )
@@ -146,7 +146,7 @@ def _picture(name: str, images_file: Path, settings: EncodeSettings) -> tuple[Pa
     root = images_file.parent.resolve()
     path, listed = Locator(root, settings.config.allow_outside, "folder of the list").find(name)
     try:
-        ImageSource.of_file(path, listed).load(settings)
+        ImageSource.of_file(path, listed, settings.main.size).load(settings)
     except VideoError as error:
         raise DatasetError(f"{name}: {error.message}") from None
     return path, listed

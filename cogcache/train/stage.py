@@ -99,7 +99,7 @@ def train(config: TrainConfig) -> TrainResult:
         root=root,
         output=output,
         dtype=dtype,
-        shape=VideoShape.of(provenance, variant),
+        shape=VideoShape.of(provenance, variant, reader),
     )
     trainer = Trainer(
         config,

@@ -51,11 +51,23 @@ class VideoShape:
     fps: float
 
     @classmethod
-    def of(cls, clips: Provenance, variant: Variant) -> VideoShape:
-        """That of most training clips; at the model's own rate where they keep that of their source."""
+    def of(cls, clips: Provenance, variant: Variant, reader: CacheReader) -> VideoShape:
+        """That of most training clips; at the model's own rate where they keep that of their source.
+
+        Pictures to begin with have one size, which is then that of the videos.
+        """
         assert clips.frames
         assert clips.size
-        return cls(clips.frames, parse_size(clips.size), clips.fps or float(variant.native_fps))
+        size = _picture_size(reader, variant) or parse_size(clips.size)
+        return cls(clips.frames, size, clips.fps or float(variant.native_fps))
+
+
+def _picture_size(reader: CacheReader, variant: Variant) -> Size | None:
+    key = next((row.image for row in reader.validation if row.image), None)
+    if key is None:
+        return None
+    height, width = reader.read(IMAGES, key).tensors["latents"].shape[-2:]
+    return Size(height * variant.spatial_factor, width * variant.spatial_factor)
 
 
 def wants_videos(config: TrainConfig, reader: CacheReader) -> bool:

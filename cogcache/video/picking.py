@@ -55,10 +55,10 @@ class Picked:
     repeated: int
 
 
-def frames_available(timestamps: Timestamps, duration_s: float, tick_s: float, fps: float | None) -> int:
-    """Frames that a whole video gives: its own (``fps`` None), or the points k / fps that lie within it."""
+def frames_available(frames: int, duration_s: float, tick_s: float, fps: float | None) -> int:
+    """Frames that a whole video gives: its own ``frames`` (``fps`` None), or the points k / fps that lie within it."""
     if fps is None:
-        return len(timestamps)
+        return frames
     return max(1, math.ceil((duration_s - _tolerance_s(tick_s)) * fps))
 
 
@@ -85,7 +85,7 @@ def pick(
         TooShortError: if the video holds fewer frames and ``short`` is ``fail``, or holds a single picture
             where more are asked for.
     """
-    available = frames_available(timestamps, duration_s, tick_s, fps)
+    available = frames_available(len(timestamps), duration_s, tick_s, fps)
     if frames > 1 and len(timestamps) == 1:
         raise TooShortError(f"1 < {frames} frames")
     if available < frames and short == "fail":

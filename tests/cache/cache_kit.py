@@ -81,6 +81,7 @@ def sample(clip: int) -> SampleRecord:
     return SampleRecord(
         id=f"clip-{clip:03d}",
         source=f"clip {clip}.mp4",
+        sha256=digest(["clip", clip]),
         window="start",
         caption="caption 1",
         frames=9,

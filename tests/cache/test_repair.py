@@ -42,7 +42,7 @@ def test_whole_cache_is_left_alone(root: Path, finished: Path) -> None:
 
 
 def test_damaged_entry_is_dropped_and_made_again(root: Path, finished: Path) -> None:
-    shard = root / "latents" / "latents-00001.tar"
+    shard = root / "latents" / "latents-9x32x48-00001.tar"
     flip(shard, shard.read_bytes().index(latent_key(3).encode()) + 512 + 300)
     result = repair(root)
     assert result.missing
@@ -54,7 +54,7 @@ def test_damaged_entry_is_dropped_and_made_again(root: Path, finished: Path) -> 
         "lost.mp4": False,
     }
     before, kept = snapshot(finished), snapshot(root)
-    rest = [name for name in before if "/" in name and "latents-00001" not in name]
+    rest = [name for name in before if "/" in name and "latents-9x32x48-00001" not in name]
     assert len(rest) == 8
     assert all(kept[name] == before[name] for name in rest)
     assert encode(root) == [latent_key(3)]
@@ -67,7 +67,7 @@ def test_damaged_entry_is_dropped_and_made_again(root: Path, finished: Path) -> 
 
 
 def test_changed_header_loses_nothing(root: Path, finished: Path) -> None:
-    shard = root / "latents" / "latents-00001.tar"
+    shard = root / "latents" / "latents-9x32x48-00001.tar"
     flip(shard, shard.read_bytes().index(latent_key(3).encode()) + 150)  # in the checksum of a tar header
     (damage,) = check_cache(root).report.damages
     assert "header" in damage.what
@@ -80,7 +80,7 @@ def test_changed_header_loses_nothing(root: Path, finished: Path) -> None:
 
 def test_lost_shard_is_made_again(root: Path, finished: Path) -> None:
     for name in ("tar", "index.jsonl"):
-        (root / "latents" / f"latents-00001.{name}").unlink()
+        (root / "latents" / f"latents-9x32x48-00001.{name}").unlink()
     assert repair(root).missing
     assert check_cache(root).report.whole
     assert encode(root) == [latent_key(2), latent_key(3)]
@@ -106,7 +106,7 @@ def test_what_is_lost_is_rebuilt_bit_for_bit(root: Path, finished: Path, lost: s
 
 
 def test_changed_index_manifest_and_identity_are_rebuilt(root: Path, finished: Path) -> None:
-    for name in ("manifest.json", "cache.json", "latents/latents-00000.index.jsonl"):
+    for name in ("manifest.json", "cache.json", "latents/latents-9x32x48-00000.index.jsonl"):
         flip(root / name, 200)
         assert not check_cache(root).report.whole
         repair(root, "some/model")
@@ -134,8 +134,8 @@ def test_changed_row_is_not_believed_without_a_manifest(root: Path, finished: Pa
 
 def test_tar_without_index_and_manifest_is_walked_with_care(root: Path) -> None:
     (root / "manifest.json").unlink()
-    (root / "latents" / "latents-00001.index.jsonl").unlink()
-    shard = root / "latents" / "latents-00001.tar"
+    (root / "latents" / "latents-9x32x48-00001.index.jsonl").unlink()
+    shard = root / "latents" / "latents-9x32x48-00001.tar"
     flip(
         shard, shard.read_bytes().index(f"{latent_key(3)}.json".encode()) + 512 + 20
     )  # facts prove their key
@@ -145,13 +145,13 @@ def test_tar_without_index_and_manifest_is_walked_with_care(root: Path) -> None:
 
 
 def test_what_was_made_again_is_not_taken_twice(root: Path, finished: Path) -> None:
-    (root / "latents" / "latents-00001.index.jsonl").unlink()
+    (root / "latents" / "latents-9x32x48-00001.index.jsonl").unlink()
     (root / "manifest.json").unlink()
     assert encode(root) == [latent_key(2), latent_key(3)]
     report = check_cache(root).report
     assert report.whole
     assert report.facts == [
-        "latents/latents-00001.tar has no index, so it is no part of the cache; it can be deleted"
+        "latents/latents-9x32x48-00001.tar has no index, so it is no part of the cache; it can be deleted"
     ]
     (root / "manifest.json").unlink()
     repair(root)
@@ -195,9 +195,9 @@ def test_stopped_anywhere(
     root: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A repair that is cut at every step: the next one, or the next encode, ends with every entry, none twice."""
-    shard = root / "latents" / "latents-00001.tar"
+    shard = root / "latents" / "latents-9x32x48-00001.tar"
     flip(shard, shard.read_bytes().index(latent_key(3).encode()) + 512 + 300)
-    (root / "text" / "text-00000.index.jsonl").unlink()
+    (root / "text" / "text-8-00000.index.jsonl").unlink()
     wanted, step, ended = entries(finished), 0, False
     while not ended:
         cut = Path(shutil.copytree(root, tmp_path / "cut" / str(step)))
@@ -227,7 +227,7 @@ def test_stopped_anywhere(
 
 def test_stopped_while_it_tidies_up(root: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new shard has the number of the last one, whose list of good entries is still there."""
-    shard = root / "latents" / "latents-00002.tar"
+    shard = root / "latents" / "latents-9x32x48-00002.tar"
     flip(shard, shard.read_bytes().index(latent_key(5).encode()) + 512 + 300)
 
     def half(*paths: Path) -> None:
@@ -239,7 +239,7 @@ def test_stopped_while_it_tidies_up(root: Path, finished: Path, monkeypatch: pyt
         patch.setattr("cogcache.cache.repair.remove", half)
         with pytest.raises(Crash):
             repair(root)
-    assert (root / "latents" / "latents-00002.index.damaged").exists()
+    assert (root / "latents" / "latents-9x32x48-00002.index.damaged").exists()
     repair(root)
     assert check_cache(root).report.whole
     assert encode(root) == [latent_key(5)]

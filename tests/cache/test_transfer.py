@@ -16,7 +16,7 @@ from cogcache.cache.reader import CacheReader
 from cogcache.cache.transfer import choose, export_shards, merge_shards
 from cogcache.cache.writer import CacheWriter
 from cogcache.cli import run
-from cogcache.errors import CacheError, DamagedCacheError, MismatchError
+from cogcache.errors import CacheError, DamagedCacheError, GeometryError, MismatchError
 from cogcache.geometry import Size
 from cogcache.tiny import Family
 
@@ -84,7 +84,7 @@ def test_choosing(whole: Path, tmp_path: Path) -> None:
     assert [row.id for row in choose(rows, names=["clip-003.mp4", "clip-000"])] == ["clip-000", "clip-003"]
     with pytest.raises(CacheError, match=r"'x.mp4' and 1 more is neither"):
         choose(rows, names=["x.mp4", "clip-000", "y"])
-    with pytest.raises(CacheError, match="is not a bucket"):
+    with pytest.raises(GeometryError, match="is not a bucket"):
         choose(rows, bucket="9x32")
     with pytest.raises(CacheError, match="no sample"):
         export_shards(whole, tmp_path / "none", query="none such")

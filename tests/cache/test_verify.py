@@ -36,11 +36,11 @@ def test_whole_cache_is_whole_and_untouched(root: Path) -> None:
 
 
 def test_damaged_member_is_named_with_its_clip(root: Path) -> None:
-    shard = root / "latents" / "latents-00001.tar"
+    shard = root / "latents" / "latents-9x32x48-00001.tar"
     where = shard.read_bytes().index(latent_key(3).encode())
     flip(shard, where + 512 + 300)
     (damage,) = check_cache(root).report.damages
-    assert (damage.file, damage.shard) == ("latents/latents-00001.tar", "latents-00001")
+    assert (damage.file, damage.shard) == ("latents/latents-9x32x48-00001.tar", "latents-9x32x48-00001")
     assert (damage.key, damage.clips) == (latent_key(3), ("3.mp4",))
 
 
@@ -63,14 +63,14 @@ def test_lost_file_is_named(root: Path, name: str) -> None:
 
 @pytest.mark.parametrize("suffix", ["tar", "index.jsonl"])
 def test_lost_shard_file_is_named(root: Path, suffix: str) -> None:
-    (root / "latents" / f"latents-00001.{suffix}").unlink()
+    (root / "latents" / f"latents-9x32x48-00001.{suffix}").unlink()
     damages = check_cache(root).report.damages
-    assert [damage.file for damage in damages] == [f"latents/latents-00001.{suffix}"]
+    assert [damage.file for damage in damages] == [f"latents/latents-9x32x48-00001.{suffix}"]
 
 
 def test_shard_of_another_size(root: Path) -> None:
     for change in (-1, 1, 5000):
-        shard = root / "latents" / "latents-00001.tar"
+        shard = root / "latents" / "latents-9x32x48-00001.tar"
         data = shard.read_bytes()
         shard.write_bytes(data[:change] if change < 0 else data + bytes(change))
         assert check_cache(root).report.damages
@@ -123,8 +123,8 @@ def test_strangers_and_unfinished_shards_are_no_damage(root: Path) -> None:
     report = check_cache(root).report
     assert report.whole
     assert len(report.facts) == 3
-    (root / "text" / "text-00002.plan.json").write_text("{}")
-    assert [damage.shard for damage in check_cache(root).report.damages] == ["text-00002"]
+    (root / "text" / "text-8-00002.plan.json").write_text("{}")
+    assert [damage.shard for damage in check_cache(root).report.damages] == ["text-8-00002"]
 
 
 def test_not_a_cache(tmp_path: Path) -> None:
@@ -135,11 +135,11 @@ def test_not_a_cache(tmp_path: Path) -> None:
 def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(root)]) == 0
     assert capsys.readouterr().out.endswith("MB read.\n")
-    shard = root / "latents" / "latents-00001.tar"
+    shard = root / "latents" / "latents-9x32x48-00001.tar"
     flip(shard, shard.read_bytes().index(latent_key(3).encode()) + 512 + 300)
     assert run(["verify", str(root)]) == 5
     told = capsys.readouterr()
-    assert "damaged  latents/latents-00001.tar: a member is cut" in told.out
+    assert "damaged  latents/latents-9x32x48-00001.tar: a member is cut" in told.out
     assert f"(entry {latent_key(3)}) [3.mp4]" in told.out
     assert "1 damage, listed above" in told.err
     assert "--repair" in told.err
@@ -148,7 +148,7 @@ def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [damage["key"] for damage in report["damages"]] == [latent_key(3)]
     assert not report["whole"]
     assert run(["verify", str(root), "--repair"]) == 3
-    assert "repaired latents-00001 was damaged: 1 good entries were kept" in capsys.readouterr().out
+    assert "repaired latents-9x32x48-00001 was damaged: 1 good entries were kept" in capsys.readouterr().out
     assert run(["verify", str(root), "--repair", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["whole"]
     encode(root)

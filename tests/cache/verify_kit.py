@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from cache_kit import VARIANT
 
+from cogcache.cache import keys
 from cogcache.cache.format import (
     LATENTS,
     TEXT,
@@ -19,15 +20,18 @@ from cogcache.cache.format import (
     SampleRecord,
     ValidationRecord,
     digest,
-    entry_key,
 )
 from cogcache.cache.writer import CacheWriter
 
 CLIPS = 6
-LATENT_PRINT: dict[str, Any] = {"vae_dtype": "bfloat16", "frames": 9, "size": "32x48", "fps": 8.0}
+LATENT_PRINT: dict[str, Any] = {"vae_dtype": "bfloat16", "fps": 8.0}
 TEXT_PRINT: dict[str, Any] = {"text_dtype": "float32", "text_length": 8}
+BUCKET = "9x32x48"
+GROUPS = {LATENTS: BUCKET, TEXT: "8"}
 IDENTITY = Identity(
-    model=ModelRecord(id="some/model", variant=VARIANT), series={LATENTS: LATENT_PRINT, TEXT: TEXT_PRINT}
+    model=ModelRecord(id="some/model", variant=VARIANT),
+    series={LATENTS: LATENT_PRINT, TEXT: TEXT_PRINT},
+    buckets=(BUCKET,),
 )
 SHAPES = {LATENTS: (8, 3, 4, 6), TEXT: (8, 8)}
 NAMES = {LATENTS: "moments", TEXT: "prompt_embeds"}
@@ -39,11 +43,11 @@ def caption(clip: int) -> str:
 
 
 def latent_key(clip: int) -> str:
-    return entry_key(LATENT_PRINT, source=f"sha of {clip}", window="start")
+    return keys.latent_key(LATENT_PRINT, f"sha of {clip}", "start", BUCKET)
 
 
 def text_key(words: str) -> str:
-    return entry_key(TEXT_PRINT, caption=words)
+    return keys.text_key(TEXT_PRINT, words)
 
 
 def facts_by_key() -> dict[str, dict[str, dict[str, Any]]]:
@@ -51,7 +55,12 @@ def facts_by_key() -> dict[str, dict[str, dict[str, Any]]]:
     captions = ["", *dict.fromkeys(caption(clip) for clip in range(CLIPS)), "a prompt"]
     return {
         LATENTS: {
-            latent_key(clip): {"source": f"{clip}.mp4", "sha256": f"sha of {clip}", "window": "start"}
+            latent_key(clip): {
+                "source": f"{clip}.mp4",
+                "sha256": f"sha of {clip}",
+                "window": "start",
+                "bucket": BUCKET,
+            }
             for clip in range(CLIPS)
         },
         TEXT: {text_key(words): {"caption": words} for words in captions},
@@ -69,6 +78,7 @@ def sample(clip: int) -> SampleRecord:
     return SampleRecord(
         id=digest([source, "start", 0])[:16],
         source=source,
+        sha256=f"sha of {clip}",
         window="start",
         caption=caption(clip),
         frames=9,
@@ -86,7 +96,7 @@ def encode(root: Path, damaged: Collection[str] = ()) -> list[str]:
     writer = CacheWriter.open(root, IDENTITY)
     for series, per_shard in ((LATENTS, 2), (TEXT, 3)):
         facts = facts_by_key()[series]
-        writer.plan(series, list(facts), per_shard)
+        writer.plan(series, list(facts), per_shard, GROUPS[series])
         for job in writer.jobs(series, facts):
             with job:
                 for key in job.remaining:

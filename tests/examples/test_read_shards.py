@@ -82,8 +82,8 @@ def test_it_is_short_and_stands_alone(make: Callable[..., Path], tmp_path: Path)
 FLIPPED = [
     "manifest.json",
     "samples.jsonl",
-    "latents/latents-00000.index.jsonl",
-    "text/text-00000.index.jsonl",
+    "latents/latents-9x32x48-00000.index.jsonl",
+    "text/text-226-00000.index.jsonl",
 ]
 
 

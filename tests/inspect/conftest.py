@@ -51,7 +51,7 @@ def shards(tiny_models: Callable[[Family], Path], tmp_path_factory: pytest.TempP
         entries["text"][text] = Entry(text, {"prompt_embeds": embeds}, {"caption": caption})
         samples.append(
             SampleRecord(
-                id=f"{number:016x}", source=f"clips/{number}.mp4", window="start", caption=caption,
+                id=f"{number:016x}", source=f"clips/{number}.mp4", sha256="0" * 64, window="start", caption=caption,
                 frames=9, height=height, width=width, fps=8.0, latents=key, text=text,
             )
         )  # fmt: skip

@@ -158,8 +158,8 @@ def _shelf(variant: Variant, count: int) -> Samples:
 
     records = [
         SampleRecord(
-            id=f"clip {number}", source="a.mp4", window="start", caption="a", frames=9, height=16, width=16, fps=8.0,
-            latents="latents", text="text", images=bank,
+            id=f"clip {number}", source="a.mp4", window="start", caption="a", sha256="0" * 64,
+            frames=9, height=16, width=16, fps=8.0, latents="latents", text="text", images=bank,
         )
         for number in range(count)
     ]  # fmt: skip

@@ -95,7 +95,7 @@ def test_changed_settings_are_told_and_refused(config: Callable[..., EncodeConfi
     before = state(shards)
     with pytest.raises(MismatchError) as error:
         encode(config(dry_run=True, size="32x48"))
-    assert error.value.differences["series.latents.size"] == ("16x32", "32x48")
+    assert error.value.differences == {"buckets": ("9x16x32", "9x32x48")}
     assert state(shards) == before
 
 

@@ -28,6 +28,7 @@ from cogcache.config import EncodeConfig
 from cogcache.config_io import read_yaml
 from cogcache.draws import generator
 from cogcache.errors import ConfigError, GeometryError, MismatchError
+from cogcache.geometry import Size
 from cogcache.precompute import encode_all, images
 from cogcache.precompute import settings as settings_module
 from cogcache.precompute.images import ImageSource, encode_draw
@@ -108,7 +109,7 @@ class Echo:
 
 
 def source(name: str) -> ImageSource:
-    return ImageSource(Path(name), None, f"file {name}", name)
+    return ImageSource(Path(name), None, f"file {name}", name, Size(16, 24))
 
 
 def test_noise_has_the_published_distribution() -> None:
@@ -266,8 +267,10 @@ def test_an_image_equal_to_the_first_frame_gives_the_distribution_of_the_first_f
     values = decide(i2v())
     frame = picture(40)
     Image.fromarray(frame).save(tmp_path / "same.png")
-    by_file = ImageSource.of_file(tmp_path / "same.png", "same.png").load(values)
-    by_clip = ImageSource.of_clip(clips / "1.mp4", ClipRequest(9, values.size), "0", "1.mp4").load(values)
+    by_file = ImageSource.of_file(tmp_path / "same.png", "same.png", values.main.size).load(values)
+    by_clip = ImageSource.of_clip(clips / "1.mp4", ClipRequest(9, values.main.size), "0", "1.mp4").load(
+        values
+    )
     assert by_file.shape == by_clip.shape == (64, 96, 3)
     assert (by_file.float() - by_clip.float()).abs().mean() < 4  # H.264's own loss
 
@@ -317,7 +320,7 @@ def test_an_image_that_cannot_be_opened_has_no_key_of_its_own(i2v: Settings) -> 
     from cogcache.errors import VideoError
     from cogcache.precompute.settings import decide
 
-    lost = ImageSource.of_file(Path("/proc/self/mem"), "mem")
+    lost = ImageSource.of_file(Path("/proc/self/mem"), "mem", Size(16, 16))
     with pytest.raises(VideoError, match="could not be read"):
         lost.load(decide(i2v()))
 
@@ -325,7 +328,6 @@ def test_an_image_that_cannot_be_opened_has_no_key_of_its_own(i2v: Settings) -> 
 def test_pictures_of_any_kind(tmp_path: Path) -> None:
     """16-bit grey keeps its brightness, EXIF turns the picture, and a bad header is told, not raised."""
     from cogcache.errors import VideoError
-    from cogcache.geometry import Size
     from cogcache.pictures import load_picture
 
     ramp = np.linspace(0, 65535, 64 * 96).reshape(64, 96).astype(np.uint16)

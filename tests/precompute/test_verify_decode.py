@@ -34,7 +34,7 @@ def test_image_to_video_cache_is_whole(
         if path.is_file() and path.name != "journal.jsonl"
     }
     assert run(["verify", str(config.shards)]) == 0
-    for name in ("cache.json", "manifest.json", "images/images-00000.index.jsonl"):
+    for name in ("cache.json", "manifest.json", "images/images-64x96-00000.index.jsonl"):
         (config.shards / name).unlink()
     assert run(["verify", str(config.shards), "--repair"]) == 0
     assert "the journal proves it" in capsys.readouterr().out

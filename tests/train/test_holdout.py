@@ -20,6 +20,7 @@ def record(source: str, window: int = 0, content: str | None = None) -> SampleRe
     return SampleRecord(
         id=f"{source}-{window}",
         source=source,
+        sha256="0" * 64,
         window=f"part {window}",
         caption="",
         frames=9,
