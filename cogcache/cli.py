@@ -190,7 +190,9 @@ def _convert_lora(
 
 @app.command("verify")
 def _verify(
-    shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="Cache written by 'cogcache encode'.")],
+    shards: Annotated[
+        str, typer.Argument(metavar="SHARDS", help="Cache written by 'cogcache encode': a folder or a URL.")
+    ],
     repair: Annotated[
         bool,
         typer.Option("--repair", help="Drop what is damaged, so that the next encode remakes just that."),
@@ -218,6 +220,7 @@ def _verify(
     Example:  cogcache verify shards/clips
     """
     from cogcache.cache.verify import verify
+    from cogcache.location import local_folder, parse_location
 
     again = None
     if decode is not None:
@@ -226,13 +229,15 @@ def _verify(
         from cogcache.precompute.redo import decode_again, parse_share
 
         parse_share(decode)
-        again = partial(decode_again, root=shards, share=decode, data_root=data_root, device=device)
-    verify(shards, repair=repair, as_json=as_json, decode=again)
+        again = partial(
+            decode_again, root=local_folder(shards), share=decode, data_root=data_root, device=device
+        )
+    verify(parse_location(shards), repair=repair, as_json=as_json, decode=again)
 
 
 @app.command("inspect")
 def _inspect(
-    shards: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    shards: Annotated[str, typer.Argument(help="Folder or URL of the cache.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     html: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Write a gallery of all clips: one HTML file.")
@@ -259,7 +264,7 @@ def _inspect(
 
 @app.command("export")
 def _export(
-    shards: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    shards: Annotated[str, typer.Argument(help="Folder or URL of the cache.")],
     out: Annotated[Path, typer.Argument(help="Folder of the new cache.")],
     query: Annotated[str, typer.Option(help="Words that caption or file name must all hold.")] = "",
     bucket: Annotated[
@@ -283,7 +288,7 @@ def _export(
 @app.command("merge")
 def _merge(
     out: Annotated[Path, typer.Argument(help="Folder of the new cache.")],
-    shards: Annotated[list[Path], typer.Argument(help="Folders of the caches to join.")],
+    shards: Annotated[list[str], typer.Argument(help="Folders or URLs of the caches to join.")],
 ) -> None:
     """Join caches that were made with the same settings. Nothing is encoded again.
 

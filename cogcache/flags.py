@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from cogcache.config_io import load_config
+from cogcache.location import Location
 
 __all__ = ["config_command"]
 
@@ -83,6 +84,8 @@ def _flag_type(annotation: Any) -> Any:
     origin = get_origin(annotation)
     if origin is Annotated:
         return _flag_type(get_args(annotation)[0])
+    if annotation == Location or annotation == Location | None:
+        return str  # pydantic tells folder and URL apart
     if origin in (Union, types.UnionType):
         (inner,) = (a for a in get_args(annotation) if a is not type(None))
         return _flag_type(inner)

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, PlainSerializer
 
 from cogcache.errors import ConfigError
 
-__all__ = ["PROTOCOLS", "Location", "LocationField", "Url", "parse_location"]
+__all__ = ["PROTOCOLS", "Location", "LocationField", "Url", "folder_name", "local_folder", "parse_location"]
 
 PROTOCOLS = ("s3", "gs", "hf", "https", "http", "memory")
 """What a URL may begin with; ``memory`` lives in this process alone and is there for tests."""
@@ -82,9 +82,30 @@ def parse_location(value: object) -> Location:
             "Give a folder, or a URL with " + ", ".join(f"{name}://" for name in PROTOCOLS[:-2]) + ".",
         )
     parts = rest.split("/")
+    if protocol.startswith("http") and "?" in rest:
+        raise ConfigError(f"{value} has a query.", "Give the plain address of the folder.")
     if not rest or "" in parts or any(part in (".", "..") for part in parts):
         raise ConfigError(f"{value} names no folder.", "Give a bucket or server, and the path in it.")
     return Url(f"{protocol}://{rest}")
+
+
+def local_folder(value: str) -> Path:
+    """A folder of this machine from what the user wrote.
+
+    Raises:
+        ConfigError: if it is a URL.
+    """
+    location = parse_location(value)
+    if isinstance(location, Url):
+        raise ConfigError(
+            f"{value} is not on this machine, and this needs a folder.", "Copy the cache here first."
+        )
+    return location
+
+
+def folder_name(location: Location) -> str:
+    """What is made of a cache is called like its folder."""
+    return location.resolve().name if isinstance(location, Path) else location.name
 
 
 def _validated(value: object) -> object:

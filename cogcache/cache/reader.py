@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from cogcache.cache.backend import backend_of
@@ -21,8 +24,9 @@ from cogcache.cache.format import (
 )
 from cogcache.cache.index import parse_index
 from cogcache.cache.names import is_series, parse_shard
+from cogcache.cache.remote import RemoteOptions, open_storage
 from cogcache.cache.shard import ShardReader
-from cogcache.cache.storage import Storage, open_storage
+from cogcache.cache.storage import Storage
 from cogcache.cache.stored import Contents
 from cogcache.cache.tables import read_manifest, read_table, read_validation
 from cogcache.errors import CacheError, DamagedCacheError
@@ -52,8 +56,8 @@ class CacheReader:
         StorageError: if the disk or its permissions forbid reading.
     """
 
-    def __init__(self, root: Location | str) -> None:
-        self._storage: Storage = open_storage(parse_location(root))
+    def __init__(self, root: Location | str, remote: RemoteOptions | None = None) -> None:
+        self._storage: Storage = open_storage(parse_location(root), remote)
         self.root: Location = self._storage.root
         with storage_errors(self.root, "read"):
             self._open()
@@ -79,12 +83,20 @@ class CacheReader:
         if not is_series(name):
             raise self._damaged(f"{name!r:.80} is not a name for a series")
         found: dict[str, ShardReader] = {}
-        for record in series.shards:
-            shard = self._open_shard(name, record)
+        for shard in self._each(partial(self._open_shard, name), series.shards):
             for key in shard:
                 if found.setdefault(key, shard) is not shard:
                     raise self._damaged(f"entry {key} is in two shards of {name}")
         return found
+
+    def _each(
+        self, function: Callable[[ShardRecord], ShardReader], records: Sequence[ShardRecord]
+    ) -> Iterable[ShardReader]:
+        """``map``, with as many at once as the storage likes."""
+        if self._storage.parallel == 1:
+            return map(function, records)
+        with ThreadPoolExecutor(self._storage.parallel) as pool:
+            return list(pool.map(function, records))
 
     def _open_shard(self, series: str, record: ShardRecord) -> ShardReader:
         try:
@@ -93,7 +105,7 @@ class CacheReader:
             raise self._damaged(str(error)) from None
         name = f"{series}/{record.name}.index.jsonl"
         try:
-            index = parse_index(self._storage.read(name))
+            index = parse_index(self._storage.read(name, record.index_sha256))
             if index.record(record.name) != record:
                 raise ValueError("it is not the one that the manifest names")
         except (OSError, ValueError) as error:

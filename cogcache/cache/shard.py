@@ -264,12 +264,13 @@ class ShardReader:
         """
         known, offset = hashlib.sha256(), 0
         try:
-            while data := self._storage.pread(self._file, offset, _CHUNK):
+            while data := self._storage.pread(self._file, offset, min(_CHUNK, self._bytes - offset)):
                 known.update(data)
                 offset += len(data)
+            grown = self._storage.size(self._file) != self._bytes
         except OSError as error:
             raise self._damaged(f"it cannot be read: {error.strerror}") from error
-        if known.hexdigest() != self._sha256:
+        if grown or known.hexdigest() != self._sha256:
             raise self._damaged("its bytes are not those that were committed")
 
     def _damaged(self, what: str) -> DamagedCacheError:

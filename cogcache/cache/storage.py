@@ -14,10 +14,9 @@ from cogcache.cache.checksum import crc32
 from cogcache.cache.handles import Handles
 from cogcache.cache.index import Member
 from cogcache.cache.tensors import Buffer
-from cogcache.errors import CacheError
-from cogcache.location import Location, Url
+from cogcache.location import Location
 
-__all__ = ["LocalStorage", "Storage", "checked", "open_storage"]
+__all__ = ["LocalStorage", "Storage", "checked"]
 
 
 class Storage(Protocol):
@@ -25,12 +24,18 @@ class Storage(Protocol):
 
     Attributes:
         root: Folder or URL of the cache.
+        parallel: How many files are best asked for at once.
     """
 
     root: Location
+    parallel: int
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, sha256: str = "") -> bytes:
         """A small file, whole.
+
+        Args:
+            sha256: Hash that it should have, where known: a copy kept on this machine may then be used. The
+                caller checks what comes all the same.
 
         Raises:
             FileNotFoundError: if there is none.
@@ -62,13 +67,16 @@ class Storage(Protocol):
 class LocalStorage:
     """A folder of this machine. Files that are read by offset stay open."""
 
+    parallel = 1
+
     def __init__(self, root: Path) -> None:
         self.root: Location = root
         self._folder, self._handles = root, Handles()
         self._prefix = f"{root}/"
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, sha256: str = "") -> bytes:
         """As :meth:`Storage.read`."""
+        _ = sha256
         path = self._folder / name
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "it is no regular file")
@@ -99,14 +107,3 @@ def checked(member: Member, data: Buffer) -> Buffer:
     if len(data) != size or crc32(data) != checksum:
         raise ValueError(f"member {name} does not match its checksum")
     return data
-
-
-def open_storage(root: Location) -> Storage:
-    """The storage for a folder or URL; nothing is read yet.
-
-    Raises:
-        CacheError: if the URL cannot be read.
-    """
-    if isinstance(root, Url):
-        raise CacheError(f"{root} cannot be read: only folders can.", "Copy the cache here first.")
-    return LocalStorage(root.absolute())

@@ -157,7 +157,7 @@ def read_table(storage: Storage, manifest: Manifest, name: str, kind: type[R]) -
     if expected is None:
         raise DamagedCacheError(f"{root / MANIFEST_FILE} names no {name}.", _AGAIN)
     for candidate in (name, pending(name)):
-        data = storage.read(candidate) if storage.size(candidate) is not None else None
+        data = storage.read(candidate, expected.sha256) if storage.size(candidate) is not None else None
         if data is not None and hashlib.sha256(data).hexdigest() == expected.sha256:
             return _rows(root / name, data, expected.rows, kind)
     raise DamagedCacheError(f"{root / name} is missing or not the one that was committed.", _AGAIN)

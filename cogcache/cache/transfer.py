@@ -35,7 +35,7 @@ __all__ = ["choose", "export_shards", "merge_shards"]
 
 
 def export_shards(
-    shards: Path,
+    shards: Location | str,
     out: Path,
     *,
     query: str = "",
@@ -108,7 +108,7 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def merge_shards(out: Path, shards: Sequence[Path]) -> Manifest:
+def merge_shards(out: Path, shards: Sequence[Location | str]) -> Manifest:
     """Join caches of equal fingerprints. What is in more than one of them is taken once.
 
     A clip that failed in one and is in another has not failed. Prompts for validation are joined in order.

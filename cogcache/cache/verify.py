@@ -9,9 +9,11 @@ from pathlib import Path
 
 from cogcache.cache.backend import BACKENDS, backend_of, data_files
 from cogcache.cache.check import Checked, check_cache
-from cogcache.cache.damage import Report
+from cogcache.cache.damage import Damage, Report
+from cogcache.cache.reader import CacheReader
 from cogcache.cache.repair import Repaired, repair_cache
 from cogcache.errors import ConfigError, DamageFoundError, PartialFailureError
+from cogcache.location import Location, Url
 from cogcache.progress import Progress
 
 __all__ = ["verify"]
@@ -20,7 +22,7 @@ _SETTINGS = "encode.config.yaml"
 
 
 def verify(
-    root: Path,
+    root: Location,
     *,
     repair: bool = False,
     as_json: bool = False,
@@ -29,7 +31,7 @@ def verify(
     """Check a cache and print the report to standard output.
 
     Args:
-        root: Folder of the cache.
+        root: Folder or URL of the cache. One at a URL is read through, against the manifest's hashes only.
         repair: Make it valid again.
         as_json: Print one JSON object: the report, and after a repair ``repaired`` and ``after``.
         decode: A further check of a cache that is whole so far; adds to the report.
@@ -39,6 +41,14 @@ def verify(
         PartialFailureError: if the repair lost something that encode must make again.
         CacheError, StorageError: as :func:`check_cache` and :func:`repair_cache` say.
     """
+    if isinstance(root, Url):
+        if repair:
+            raise ConfigError(
+                f"{root} cannot be repaired there.", "Copy the cache to a folder, repair it, copy it back."
+            )
+        report = check_remote(root)
+        _tell(report, as_json)
+        return _verdict(report)
     checked = _checked(root)
     if decode is not None and checked.report.whole:
         decode(checked.report)
@@ -69,6 +79,28 @@ def _checked(root: Path) -> Checked:
             progress.advance(-(-read // 1_000_000) - progress.done)
 
         return check_cache(root, advance)
+
+
+def check_remote(root: Url) -> Report:
+    """Read every shard of a cache on a server, and compare manifest, tables, indexes and shards with their hashes.
+
+    Raises:
+        CacheError: if there is no cache, or its manifest, tables or indexes are damaged.
+    """
+    reader = CacheReader(root)
+    report = Report(str(root))
+    shards = [shard for series in reader.manifest.series.values() for shard in series.shards]
+    report.counts = {
+        "bytes": sum(shard.bytes for shard in shards),
+        "shards": len(shards),
+        "entries": sum(shard.entries for shard in shards),
+        "samples": len(reader.samples),
+        "failures": len(reader.failures),
+    }
+    for error in reader.damages():
+        file, _, what = error.message.removeprefix(f"{root}/").partition(" ")
+        report.damages.append(Damage(file, what.removeprefix("is damaged: ").rstrip(".")))
+    return report
 
 
 def _tell(report: Report, as_json: bool, result: Repaired | None = None, after: Report | None = None) -> None:

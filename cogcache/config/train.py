@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from cogcache.config.base import CommandConfig, DtypeChoice, setting
+from cogcache.location import LocationField
 from cogcache.lora.targets import parse_rank_pattern, plain_targets
 
 __all__ = ["TrainConfig"]
@@ -24,12 +25,17 @@ _LORA = "LoRA"  # settings in this panel make no sense where all weights are tra
 _OPTIM = "Optimisation"
 _CKPT = "Checkpoints and logs"
 _DEVICE = "Device and precision"
+_REMOTE = "Shards on a server"
 
 
 class TrainConfig(CommandConfig):
     """Settings of ``cogcache train``."""
 
-    shards: Path = setting(..., "Cache written by 'cogcache encode'.", panel=_RUN)
+    shards: LocationField = setting(
+        ...,
+        "Cache written by 'cogcache encode': a folder, or a URL (s3://, gs://, hf://, https://).",
+        panel=_RUN,
+    )
     output: Path | None = setting(
         None, "Folder for the LoRA, checkpoints and metrics. Default: runs/<name of the shards>.", panel=_RUN
     )
@@ -118,6 +124,21 @@ class TrainConfig(CommandConfig):
         "Threads that read and prepare batches ahead; 0 reads when needed. Results do not depend on it.",
         panel=_DEVICE,
         ge=0,
+    )
+    remote_cache: Path | None = setting(
+        None,
+        "Shards at a URL only: folder that keeps what was fetched for later epochs, for all runs on this machine. "
+        "Default: ~/.cache/cogcache/remote.",
+        panel=_REMOTE,
+    )
+    remote_cache_size: float = setting(
+        20.0,
+        "Shards at a URL only: size of that folder at most, in GB; 0 keeps nothing.",
+        panel=_REMOTE,
+        ge=0,
+    )
+    remote_patience: float = setting(
+        10.0, "Shards at a URL only: minutes to wait for a server that does not answer.", panel=_REMOTE, ge=0
     )
     checkpoint_every: int = setting(100, "Optimizer steps between checkpoints; 0 is none.", panel=_CKPT, ge=0)
     keep_checkpoints: int = setting(

@@ -20,7 +20,7 @@ __all__ = ["inspect_shards"]
 
 
 def inspect_shards(
-    shards: Path,
+    shards: Location | str,
     *,
     as_json: bool = False,
     html: Path | None = None,

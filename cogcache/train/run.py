@@ -16,6 +16,7 @@ from cogcache.errors import CheckpointError, ConfigError, MismatchError
 from cogcache.finetuned import TRANSFORMER_FOLDER
 from cogcache.geometry import Size
 from cogcache.hashing import file_sha256
+from cogcache.location import folder_name
 from cogcache.lora import LORA_FILE_NAME, Provenance, read_lora_header
 from cogcache.models import Component, resolve_model
 from cogcache.train.checkpoints import Checkpoint, find_checkpoint, list_checkpoints
@@ -35,7 +36,8 @@ __all__ = [
 
 FREE_FIELDS = frozenset(
     {
-        "shards", "output", "model", "resume", "steps", "batch_size", "grad_accum", "checkpoint_every",
+        "shards", "remote_cache", "remote_cache_size", "remote_patience",
+        "output", "model", "resume", "steps", "batch_size", "grad_accum", "checkpoint_every",
         "keep_checkpoints", "log_every", "report_to", "workers", "device", "gradient_checkpointing",
         "holdout", "validate_every", "validate_at_start",
         "sample_videos", "sample_steps", "sample_guidance", "sample_seed",
@@ -54,7 +56,7 @@ _RESULTS = {LORA_FILE_NAME: "LoRA", TRANSFORMER_FOLDER: "transformer"}
 
 def output_folder(config: TrainConfig) -> Path:
     """Where the run writes: as given, or ``runs/<name of the shards>``."""
-    return config.output or Path("runs") / config.shards.resolve().name
+    return config.output or Path("runs") / folder_name(config.shards)
 
 
 def resolve_base(

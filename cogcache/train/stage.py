@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogcache.cache.reader import CacheReader
+from cogcache.cache.remote import RemoteOptions
 from cogcache.config import TrainConfig
 from cogcache.config_io import save_config
 from cogcache.progress import say
@@ -61,7 +62,7 @@ def train(config: TrainConfig) -> TrainResult:
         StoppedError: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     check_trackers(config)
-    reader = CacheReader(config.shards)
+    reader = CacheReader(config.shards, _remote(config))
     training, held_out = split_holdout(reader.samples, config)
     check_validation(config, reader, held_out)
     root, model_id, variant = resolve_base(config, reader.manifest, decoder=wants_videos(config, reader))
@@ -126,6 +127,11 @@ def train(config: TrainConfig) -> TrainResult:
     if accelerator.is_main_process:
         say(f"Done after {config.steps} steps: {output / tuning.result}")
     return TrainResult(output / tuning.result, output, config.steps, loss)
+
+
+def _remote(config: TrainConfig) -> RemoteOptions:
+    limit = int(config.remote_cache_size * 1e9)
+    return RemoteOptions(config.remote_cache, limit, config.remote_patience * 60)
 
 
 def _announce(config: TrainConfig, output: Path, checkpoint: Checkpoint | None) -> None:

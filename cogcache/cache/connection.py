@@ -1,0 +1,140 @@
+"""One fsspec file system: what is asked of a server, each question repeated until it is answered."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cogcache.cache.patience import Patience
+from cogcache.errors import CacheError
+from cogcache.location import Url
+
+__all__ = ["Connection"]
+
+T = TypeVar("T")
+
+_PACKAGES = {
+    "s3": ("s3fs", "s3"),
+    "gs": ("gcsfs", "gs"),
+    "http": ("aiohttp", "http"),
+    "https": ("aiohttp", "http"),
+}
+"""Module and extra that each protocol needs."""
+
+_CONNECT_S, _READ_S = 10, 60
+
+
+class Connection:
+    """The files under ``url``, by names relative to it. Thread-safe; belongs to one process.
+
+    Every method raises :class:`FileNotFoundError` where the server says that there is no such file, and
+    :class:`~cogcache.errors.CacheError` where it refuses or does not answer for ``patience`` seconds.
+    """
+
+    def __init__(self, url: Url, patience: float) -> None:
+        self._url = url
+        self._patience = Patience(url, patience)
+        self._fs = _file_system(url)
+        self._root = str(self._fs._strip_protocol(url.text))
+
+    def _call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        return self._patience.call(lambda: function(*args, **kwargs))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+        return bytes(self._call(self._fs.cat_file, self._path(name)))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        try:
+            info = self._call(self._fs.info, self._path(name))
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info.get("size") is not None and info.get("type") == "file" else None
+
+    def fetch(self, name: str, start: int, size: int) -> bytes:
+        """``size`` bytes from ``start``; fewer only at the end of the file. Never reads more into memory."""
+        if size == 0:
+            return b""
+        if self._url.protocol in ("http", "https"):
+            return self._call(self._fetch_http, self._path(name), start, start + size)
+        return bytes(self._call(self._fs.cat_file, self._path(name), start=start, end=start + size))
+
+    def _fetch_http(self, path: str, start: int, end: int) -> bytes:
+        # cat_file() would take whatever comes, the whole file included; this gives up before it does.
+        with self._fs.open(path, "rb", block_size=1, cache_type="none", size=end) as file:
+            try:
+                return bytes(file._fetch_range(start, end))
+            except ValueError as error:
+                if "range" not in str(error):
+                    raise
+                raise CacheError(
+                    f"{self._url} does not answer requests for parts of a file.",
+                    "Use a server that knows HTTP ranges, as nginx and Apache do, or copy the cache to a folder.",
+                ) from None
+
+    def upload(self, source: Path | bytes, name: str) -> None:
+        """Put a file, or bytes, under ``name``, and see that all of it has arrived.
+
+        Raises:
+            CacheError: also if what is there afterwards has another size.
+        """
+        if isinstance(source, bytes):
+            self._call(self._fs.pipe_file, self._path(name), source)
+        else:
+            self._call(self._fs.put_file, str(source), self._path(name))
+        sent, found = len(source) if isinstance(source, bytes) else source.stat().st_size, self.size(name)
+        if found != sent:
+            raise CacheError(f"{self._url / name} has {found} bytes after {sent} were sent.", "Run it again.")
+
+    def remove(self, name: str) -> None:
+        """Remove a file, where it is there."""
+        if self.size(name) is not None:
+            self._call(self._fs.rm_file, self._path(name))
+
+    def names(self, folder: str) -> dict[str, int]:
+        """Names and sizes of the files right in ``folder``; none where it is not there."""
+        try:
+            found = self._call(self._fs.ls, self._path(folder), detail=True)
+        except FileNotFoundError:
+            return {}
+        return {str(e["name"]).rpartition("/")[2]: int(e["size"]) for e in found if e["type"] == "file"}
+
+
+def _file_system(url: Url) -> Any:
+    module, extra = _PACKAGES.get(url.protocol, ("", ""))
+    try:
+        if module:
+            importlib.import_module(module)
+        import fsspec
+    except ImportError:
+        raise CacheError(
+            f"{url} needs the package {module or 'fsspec'}.", f"Install it: pip install 'cogcache[{extra}]'"
+        ) from None
+    own = {"use_listings_cache": False, "skip_instance_cache": True}
+    fs = fsspec.filesystem(url.protocol, **own, **_options(url.protocol))
+    if url.protocol == "s3":
+        fs.retries = 1  # Patience asks again, and tells
+    return fs
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """Limits on the time of one request, and no repeating inside the libraries where that can be turned off."""
+    if protocol == "s3":
+        config = {
+            "connect_timeout": _CONNECT_S,
+            "read_timeout": _READ_S,
+            "retries": {"total_max_attempts": 1},
+        }
+        return {"config_kwargs": config}
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_READ_S)
+        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+    return {}

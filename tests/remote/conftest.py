@@ -1,0 +1,61 @@
+"""An S3 server, nginx, and caches behind them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from making_caches import SMALL, write_cache
+from servers import KEY, SECRET, Place, Server, http_server, program, s3_server
+
+from cogcache.tiny import Family
+
+
+@pytest.fixture(scope="session")
+def cache(tiny_models: Callable[[Family], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cache of six clips. Read only."""
+    return write_cache(tmp_path_factory.mktemp("source") / "cache", tiny_models("2b"), [SMALL] * 6)
+
+
+@pytest.fixture(scope="session")
+def s3_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """One S3 server for all tests, and the folder of its buckets."""
+    root = tmp_path_factory.mktemp("s3")
+    (root / "buckets").mkdir()
+    server = s3_server(root / "buckets", root / "log")
+    yield server, root / "buckets"
+    server.kill()
+
+
+@pytest.fixture
+def s3(s3_service: tuple[Server, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A bucket of its own for each test, credentials in the environment, an empty local cache."""
+    server, root = s3_service
+    server.start()
+    bucket = root / tmp_path.name.replace("_", "-").lower()[:40].strip("-")
+    shutil.rmtree(bucket, ignore_errors=True)
+    bucket.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    return Place(server, bucket, f"s3://{bucket.name}")
+
+
+@pytest.fixture
+def nginx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """nginx over an empty folder."""
+    binary = program("nginx")
+    if binary is None:
+        pytest.skip("nginx is not there: 'scripts/setup dev' fetches it where apt-get works")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
+    folder = tmp_path / "www"
+    folder.mkdir()
+    server = http_server(binary, folder, tmp_path / "nginx")
+    yield Place(server, folder, f"http://127.0.0.1:{server.port}")
+    server.kill()
