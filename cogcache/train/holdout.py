@@ -51,11 +51,8 @@ def describe(held_out: Sequence[SampleRecord]) -> str | None:
 
 
 def _videos(records: Sequence[SampleRecord]) -> dict[str, str]:
-    """Source -> video. Latents are keyed by content, so copies of a file share their smallest key."""
-    videos: dict[str, str] = {}
-    for record in records:
-        videos[record.source] = min(record.latents, videos.get(record.source, record.latents))
-    return videos
+    """Source -> video: copies of a file are one, and settings of encode do not change which are held out."""
+    return {record.source: record.sha256 for record in records}
 
 
 def _part(videos: dict[str, str], percent: float, seed: int) -> set[str]:

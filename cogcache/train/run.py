@@ -76,7 +76,7 @@ def resolve_base(
     if decoder:
         check_decoder(root)
     variant = read_variant(root)
-    wrong = differences(manifest.model.variant.model_dump(), variant.model_dump())
+    wrong = differences(_facts(manifest.model.variant), _facts(variant))
     if wrong:
         raise MismatchError(
             f"{name} is not the kind of model that {config.shards} was encoded for ({manifest.model.id}).",
@@ -84,6 +84,10 @@ def resolve_base(
             "Leave --model out, or encode again for this model.",
         )
     return root, str(root.resolve()) if Path(name).expanduser().is_dir() else name, variant
+
+
+def _facts(variant: Variant) -> dict[str, Any]:
+    return {**variant.model_dump(), "task": variant.task}
 
 
 def provenance_of(

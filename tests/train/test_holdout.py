@@ -20,14 +20,14 @@ def record(source: str, window: int = 0, content: str | None = None) -> SampleRe
     return SampleRecord(
         id=f"{source}-{window}",
         source=source,
-        sha256="0" * 64,
+        sha256=content or source,
         window=f"part {window}",
         caption="",
         frames=9,
         height=32,
         width=48,
         fps=8.0,
-        latents=f"{content or source}-{window}",
+        latents=f"{source}-{window}",
         text="t",
     )
 

@@ -28,6 +28,7 @@ from cogcache.lora import read_lora_header
 from cogcache.tiny import FAMILIES, Family, build_tiny_model
 from cogcache.train import train
 from cogcache.train.model import load_transformer
+from cogcache.variants import Variant, read_variant
 
 Settings = Callable[..., TrainConfig]
 MakeCache = Callable[..., Path]
@@ -246,6 +247,49 @@ def test_another_model_is_refused_field_by_field(
     assert caught.value.differences["scaling_factor"] == (0.7, 1.15258426)
     with pytest.raises(ModelError, match="there is no model folder"):
         train(settings(model=str(tmp_path / "nothing")))
+    assert not (tmp_path / "run").exists()
+
+
+FACTS: dict[str, tuple[str, dict[str, Any], object]] = {
+    "in_channels": ("transformer", {"in_channels": 32, "out_channels": 16}, 32),
+    "latent_channels": ("transformer", {"out_channels": 8}, 8),
+    "num_layers": ("transformer", {"num_layers": 7}, 7),
+    "num_attention_heads": ("transformer", {"num_attention_heads": 9}, 9),
+    "attention_head_dim": ("transformer", {"attention_head_dim": 96}, 96),
+    "patch_size": ("transformer", {"patch_size": 4}, 4),
+    "patch_size_t": ("transformer", {"patch_size_t": 2}, 2),
+    "positions": ("transformer", {"use_rotary_positional_embeddings": False}, "sincos"),
+    "ofs": ("transformer", {"ofs_embed_dim": 512}, True),
+    "sample_frames": ("transformer", {"sample_frames": 25}, 25),
+    "sample_height": ("transformer", {"sample_height": 20}, 20),
+    "sample_width": ("transformer", {"sample_width": 20}, 20),
+    "text_length": ("transformer", {"max_text_seq_length": 224}, 224),
+    "text_dim": ("transformer", {"text_embed_dim": 4096}, 4096),
+    "spatial_factor": ("vae", {"block_out_channels": [8] * 5}, 16),
+    "temporal_factor": ("vae", {"temporal_compression_ratio": 8}, 8),
+    "scaling_factor": ("vae", {"scaling_factor": 1.5}, 1.5),
+    "invert_scale_latents": ("vae", {"invert_scale_latents": True}, True),
+    "snr_shift_scale": ("scheduler", {"snr_shift_scale": 2.5}, 2.5),
+    "num_train_timesteps": ("scheduler", {"num_train_timesteps": 500}, 500),
+}
+
+
+@pytest.mark.parametrize("name", Variant.model_fields)
+def test_every_fact_that_does_not_fit_the_shards_is_named(
+    settings: Settings, tiny_models: Callable[[Family], Path], tmp_path: Path, name: str
+) -> None:
+    component, changes, value = FACTS[name]
+    model = shutil.copytree(tiny_models("5b"), tmp_path / "model")
+    file = next((model / component).glob("*config.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(MismatchError, match="was encoded for") as caught:
+        train(settings(model=str(model)))
+    was = getattr(read_variant(tiny_models("5b")), name)
+    wanted = {name: (was, value)} | ({"task": ("t2v", "i2v")} if name == "in_channels" else {})
+    if name == "latent_channels":
+        wanted["task"] = ("t2v", "i2v")  # twice as many go in as come out
+    assert caught.value.differences == wanted
+    assert f"{name}: was {was!r}, is {value!r}" in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
