@@ -186,8 +186,10 @@ def _journal(root: Path, report: Report) -> None:
     for _ in journal.read():
         pass
     if journal.garbled:
-        what = f"{journal.garbled} of its lines are torn or changed; they are left out"
+        what = f"{journal.garbled} of its lines are changed; they are left out"
         report.damages.append(Damage(JOURNAL_FILE, what))
+    if journal.torn:
+        report.facts.append(f"the last line of {JOURNAL_FILE} was being written when a run was stopped")
 
 
 def _strangers(seen: Survey, findings: list[ShardFinding], report: Report) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "write_file",
 ]
 
+_BLOCK = 1 << 16
 _AGAIN = "Then run the same command again: what is committed stays."
 _TROUBLE = {
     errno.ENOSPC: ("the disk is full", f"Free some space. {_AGAIN}"),
@@ -135,20 +136,34 @@ def remove_tree(folder: Path) -> None:
 def append_line(path: Path, line: bytes) -> None:
     """Add one line to a file that several processes add to; durable on return.
 
-    Where a killed process left a torn line, the new one begins on a line of its own.
+    What a stopped process left of a line at the end is cut off.
     """
     with storage_errors(path):
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             size = os.fstat(fd).st_size
-            torn = size and os.pread(fd, 1, size - 1) != b"\n"
-            _write_all(fd, b"\n" + line if torn else line)
+            whole = _whole_lines(fd, size)
+            if whole != size:
+                os.ftruncate(fd, whole)
+            _write_all(fd, line)
             os.fsync(fd)
         finally:
             os.close(fd)
     if not size:
         sync_folder(path.parent)
+
+
+def _whole_lines(fd: int, size: int) -> int:
+    """Bytes up to the last newline in a file of ``size`` bytes."""
+    end = size
+    while end:
+        start = max(0, end - _BLOCK)
+        newline = os.pread(fd, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
 
 
 def _write_all(fd: int, data: bytes) -> None:

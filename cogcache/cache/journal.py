@@ -23,12 +23,13 @@ class Journal:
     """Append-only; safe for any number of threads and processes.
 
     Attributes:
-        garbled: Lines that the last :meth:`read` found torn or changed, and left out.
+        garbled: Lines that the last :meth:`read` found changed, and left out.
+        torn: Whether it found the beginning of a line at the end: its writer was stopped. The next one cuts it off.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.garbled = 0
+        self.garbled, self.torn = 0, False
 
     def add(self, event: str, **fields: Any) -> None:
         """Append an event; durable on return.
@@ -41,7 +42,7 @@ class Journal:
 
     def read(self) -> Iterator[dict[str, Any]]:
         """All whole events, oldest first."""
-        self.garbled = 0
+        self.garbled, self.torn = 0, False
         if not self.path.is_file():
             return
         with self.path.open("rb") as stream:
@@ -49,6 +50,8 @@ class Journal:
                 event = unseal_line(line)
                 if event is not None:
                     yield event
+                elif _is_torn(line):
+                    self.torn = True
                 elif line.strip():
                     self.garbled += 1
 
@@ -59,6 +62,12 @@ class Journal:
             for e in self.read()
             if e.get("event") == "failed"
         }
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether it is the beginning of a line; a whole one whose newline has changed is not."""
+    ends = line.endswith(b"\n") or len(line) == _MAX_LINE
+    return not ends and unseal_line(line[:-1] + b"\n") is None
 
 
 def _text(value: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cogcache.cache.backend import DAMAGED, PART, backend_of
+from cogcache.cache.backend import DAMAGED, PART, Backend, backend_of
 from cogcache.cache.check import Checked, check_cache, needs_of
 from cogcache.cache.files import remove, rename, write_atomic
 from cogcache.cache.folder import SeriesFolder
@@ -37,6 +37,7 @@ from cogcache.cache.keys import text_key
 from cogcache.cache.lines import seal_line
 from cogcache.cache.names import ShardName, parse_shard
 from cogcache.cache.shard_check import ShardFinding, read_contents, records_of
+from cogcache.cache.tables import settle_tables
 from cogcache.cache.writer import CacheWriter, cache_lock, is_claimed
 from cogcache.errors import CacheError
 
@@ -78,6 +79,8 @@ def repair_cache(
     _condemn(checked)
     with cache_lock(root):
         _refuse_busy(root, folders)
+        if checked.seen.manifest is not None:
+            settle_tables(root)
         _drop_plans(checked, folders, result)
         known = {r.key for f in checked.findings if not f.index_lost for r in f.good}
         changed = [finding for finding in checked.findings if not _mend_shard(root, finding, known, result)]
@@ -172,13 +175,10 @@ def _set_aside(folder: Path, finding: ShardFinding) -> None:
 def _take_good(root: Path, writer: CacheWriter, series: str, result: Repaired) -> None:
     """Move the good entries of all shards set aside, now or by a repair that was stopped, into new ones."""
     folder, backend = root / series, backend_of(writer.identity.backend)
+    _free_names(root, folder, backend)
     for listed in sorted(folder.glob("*.index.damaged")):
         name = listed.name.removesuffix(".index.damaged")
-        whole = folder / backend.data_file(name)
-        data = whole.with_name(whole.name + DAMAGED)
-        if whole.exists() and not data.exists() and not (folder / f"{name}.index.jsonl").exists():
-            with cache_lock(root):  # with an index, it is the new shard, which took the number
-                rename(whole, data)
+        data = folder / (backend.data_file(name) + DAMAGED)
         records = {record.key: record for record in _listed(listed)}
         if records and data.exists():
             _copy(writer, parse_shard(name, series), data, records)
@@ -189,6 +189,17 @@ def _take_good(root: Path, writer: CacheWriter, series: str, result: Repaired) -
             remove(data, listed)
         result.done.append(f"{name} was damaged: {kept} good entries were kept, the others dropped")
         result.missing = True
+
+
+def _free_names(root: Path, folder: Path, backend: Backend) -> None:
+    """Go on with renames that were stopped, before any new shard takes a number."""
+    for listed in sorted(folder.glob("*.index.damaged")):
+        name = listed.name.removesuffix(".index.damaged")
+        whole = folder / backend.data_file(name)
+        data = whole.with_name(whole.name + DAMAGED)
+        if whole.exists() and not data.exists() and not (folder / f"{name}.index.jsonl").exists():
+            with cache_lock(root):  # with an index, it is the new shard, which took the number
+                rename(whole, data)
 
 
 def _listed(path: Path) -> list[EntryRecord]:
@@ -277,7 +288,7 @@ def _commit(
 
 
 def _mend_journal(root: Path, result: Repaired) -> None:
-    """Leave out lines that are torn or changed; under the cache lock, with no shard being filled."""
+    """Leave out lines that are changed; under the cache lock, with no shard being filled."""
     with cache_lock(root):
         journal = Journal(root / JOURNAL_FILE)
         lines: list[dict[str, Any]] = list(journal.read())

@@ -36,7 +36,16 @@ from cogcache.cache.storage import LocalStorage, Storage
 from cogcache.errors import CacheError, DamagedCacheError
 from cogcache.location import Location
 
-__all__ = ["commit_tables", "current_validation", "pending", "read_manifest", "read_table", "read_validation"]
+__all__ = [
+    "commit_tables",
+    "current_validation",
+    "pending",
+    "read_manifest",
+    "read_table",
+    "read_validation",
+    "settle_tables",
+    "waiting_tables",
+]
 
 _TABLES = (SAMPLES_FILE, FAILURES_FILE, VALIDATION_FILE)
 _AGAIN = "Run encode again: it keeps every good shard and writes this anew."
@@ -53,7 +62,7 @@ def commit_tables(
     validation: Sequence[ValidationRecord] = (),
 ) -> Manifest:
     """Write tables, then manifest; the caller holds the cache lock and has checked and sorted everything."""
-    _settle(root)
+    settle_tables(root)
     contents = {SAMPLES_FILE: _lines(samples), FAILURES_FILE: _lines(failures)}
     if validation:
         contents[VALIDATION_FILE] = _lines(validation)
@@ -86,9 +95,17 @@ def pending(name: str) -> str:
     return f"{name}.next"
 
 
-def _settle(root: Path) -> None:
-    """Finish or undo what a killed commit left: a waiting table is good if the manifest names its hash."""
-    waiting = [name for name in _TABLES if (root / pending(name)).exists()]
+def waiting_tables(root: Path) -> list[str]:
+    """Tables that a stopped commit left under another name."""
+    return [name for name in _TABLES if (root / pending(name)).exists()]
+
+
+def settle_tables(root: Path) -> None:
+    """Finish or undo what a killed commit left: a waiting table is good if the manifest names its hash.
+
+    The caller holds the cache lock.
+    """
+    waiting = waiting_tables(root)
     if not waiting:
         return
     try:

@@ -25,6 +25,7 @@ from cogcache.cache.format import (
 from cogcache.cache.identity import check_same
 from cogcache.cache.names import parse_shard
 from cogcache.cache.reader import CacheReader
+from cogcache.cache.tables import waiting_tables
 from cogcache.cache.writer import CacheWriter
 from cogcache.errors import CacheError, MismatchError
 from cogcache.geometry import parse_bucket
@@ -170,7 +171,7 @@ def _write(
     failures: Sequence[FailureRecord],
     prompts: Sequence[ValidationRecord],
 ) -> Manifest:
-    if (out / MANIFEST_FILE).exists():
+    if (out / MANIFEST_FILE).exists() and not waiting_tables(out):  # with these, it was stopped in its commit
         raise CacheError(f"{out} holds a finished cache.", "Choose another folder.")
     unconditional = readers[0].manifest.unconditional
     texts = [unconditional, *(row.text for row in rows), *(row.text for row in prompts)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Collection
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +123,9 @@ def encode(root: Path, done: Callable[[str], object] = str) -> Manifest | None:
     return writer.commit(samples, [failed], TEXT_KEYS[0])
 
 
-def encode_and_tell(root: Path, pipe: Connection) -> None:
-    """Body of a process that will be killed: tells each durable key, then ``end``."""
-    pipe.send("start")
-    encode(root, pipe.send)
-    pipe.send("end")
-
-
-def encode_until_idle(root: Path) -> None:
+def encode_until_idle(root: Path, done: Callable[[str], object] = str) -> None:
     """Body of one of several processes that fill the same cache."""
-    while encode(root) is None:
+    while encode(root, done) is None:
         pass
 
 
@@ -153,14 +146,17 @@ class FakeOs:
         stop_at: Number of the step, from 0, that does not happen any more; nor does any later one.
         error: Fail with this errno at that step only, instead of the end.
         torn: Write half of the data before stopping.
+        kill: Stop by a SIGKILL to this very process.
     """
 
     STEPS = ("open", "write", "ftruncate", "fsync", "fdatasync", "replace", "unlink", "makedirs")
 
-    def __init__(self, stop_at: int | None = None, error: int = 0, torn: bool = False) -> None:
+    def __init__(
+        self, stop_at: int | None = None, error: int = 0, *, torn: bool = False, kill: bool = False
+    ) -> None:
         self.steps = 0
         self.log: list[str] = []
-        self._stop_at, self._error, self._torn = stop_at, error, torn
+        self._stop_at, self._error, self._torn, self._kill = stop_at, error, torn, kill
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
@@ -177,6 +173,8 @@ class FakeOs:
             ):
                 if name == "write" and self._torn and number == self._stop_at:
                     real(args[0], bytes(args[1])[: len(args[1]) // 2])
+                if self._kill:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 raise OSError(self._error, os.strerror(self._error)) if self._error else Crash
             return None if name in ("fsync", "fdatasync") else real(*args, **kwargs)
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 import verify_kit
 from cache_kit import FakeOs, encode, install, snapshot
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Processes that start warm, with torch imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "safetensors.torch", "cogcache.cache.writer", "process_kit"])
+    return context
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import multiprocessing
 import os
 import random
 import resource
@@ -12,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -23,13 +23,13 @@ from cache_kit import (
     FakeOs,
     PowerOs,
     encode,
-    encode_and_tell,
     encode_until_idle,
     entry,
     identity,
     install,
     snapshot,
 )
+from process_kit import Run, drain
 
 from cogcache.cache import files
 from cogcache.cache.format import LATENTS, TEXT
@@ -38,14 +38,6 @@ from cogcache.cache.writer import CacheWriter
 from cogcache.errors import CogcacheError, StorageError
 
 KILLS = 24
-
-
-@pytest.fixture(scope="module")
-def processes() -> multiprocessing.context.ForkServerContext:
-    """Processes that start warm, with torch imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "safetensors.torch", "cogcache.cache.writer", "cache_kit"])
-    return context
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,65 +54,30 @@ def durable(root: Path) -> set[str]:
     return writer.committed(LATENTS) | writer.committed(TEXT)
 
 
-def test_killed_at_random(
-    processes: multiprocessing.context.ForkServerContext, tmp_path: Path, expected: dict[str, bytes]
-) -> None:
+def test_killed_at_random(processes: ForkServerContext, tmp_path: Path, expected: dict[str, bytes]) -> None:
     chance = random.Random(0)
     kills, caches, usual = 0, 0, 0.0
     while kills < KILLS or caches < 2:
-        root, ended, told = tmp_path / str(caches), False, set[str]()
-        while not ended:
-            seconds = chance.uniform(0, usual) if usual else None
-            ended, keys, took = run_and_kill(processes, root, seconds)
-            told |= keys
-            kills += not ended
-            usual = usual or took
+        root, killed, told = tmp_path / str(caches), True, set[str]()
+        while killed:
+            run = Run(processes, encode, root)
+            if usual:
+                time.sleep(chance.uniform(0, usual))
+                run.kill()
+            outcome = run.join()
+            killed, usual = outcome.killed, usual or outcome.seconds
+            told |= outcome.told
+            kills += killed
             assert told <= durable(root)
         assert snapshot(root) == expected
         caches += 1
 
 
-def run_and_kill(
-    processes: multiprocessing.context.ForkServerContext, root: Path, seconds: float | None
-) -> tuple[bool, set[str], float]:
-    """Run an encode and SIGKILL it after ``seconds``; (whether it was through, keys it called durable, time)."""
-    receive, send = processes.Pipe(duplex=False)
-    process = processes.Process(target=encode_and_tell, args=(root, send))
-    process.start()
-    send.close()
-    assert receive.recv() == "start"
-    began = time.monotonic()
-    if seconds is None:
-        process.join()
-    else:
-        time.sleep(seconds)
-        process.kill()
-        process.join()
-    took = time.monotonic() - began
-    said = drain(receive)
-    assert process.exitcode == 0 or seconds is not None
-    return process.exitcode == 0 or said[-1:] == ["end"], set(said) - {"end"}, took
-
-
-def drain(pipe: Connection) -> list[str]:
-    said = []
-    try:
-        while True:
-            said.append(pipe.recv())
-    except (EOFError, OSError):
-        pipe.close()
-        return said
-
-
 def test_several_processes_fill_one_cache(
-    processes: multiprocessing.context.ForkServerContext, tmp_path: Path, expected: dict[str, bytes]
+    processes: ForkServerContext, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    workers = [processes.Process(target=encode_until_idle, args=(tmp_path / "cache",)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    workers = [Run(processes, encode_until_idle, tmp_path / "cache") for _ in range(3)]
+    assert not any(worker.join().killed for worker in workers)
     assert snapshot(tmp_path / "cache") == expected
 
 
@@ -291,7 +248,7 @@ def _error_of(action: Callable[[], object]) -> str:
 def test_real_refusals_of_the_system(
     body: Callable[[Path, Connection], None],
     message: str,
-    processes: multiprocessing.context.ForkServerContext,
+    processes: ForkServerContext,
     tmp_path: Path,
     expected: dict[str, bytes],
 ) -> None:

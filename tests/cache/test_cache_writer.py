@@ -280,9 +280,14 @@ def test_garbled_journal_lines_are_counted_and_cost_only_themselves(writer: Cach
         assert writer.failures() == {LATENT_KEYS[1]: "second"}
         assert writer.journal.garbled >= 1
     writer.journal.path.write_bytes(second + first[:40])
+    assert writer.failures() == {LATENT_KEYS[1]: "second"}
+    assert (writer.journal.garbled, writer.journal.torn) == (0, True)
+    writer.journal.path.write_bytes(second + first[:-1] + b"\x0b")  # a changed bit
+    assert writer.failures() == {LATENT_KEYS[1]: "second"}
+    assert (writer.journal.garbled, writer.journal.torn) == (1, False)
     writer.journal.add("failed", series=LATENTS, key=LATENT_KEYS[2], source="c", reason="third")
     assert writer.failures() == {LATENT_KEYS[1]: "second", LATENT_KEYS[2]: "third"}
-    assert writer.journal.garbled == 1
+    assert (writer.journal.garbled, writer.journal.torn) == (0, False)
 
 
 def ready(root: Path) -> CacheWriter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from cache_kit import VARIANT
 
 from cogcache.cache import keys
 from cogcache.cache.format import (
+    IMAGES,
     LATENTS,
     TEXT,
     Entry,
@@ -27,15 +28,16 @@ CLIPS = 6
 LATENT_PRINT: dict[str, Any] = {"vae_dtype": "bfloat16", "fps": 8.0}
 TEXT_PRINT: dict[str, Any] = {"text_dtype": "float32", "text_length": 8}
 BUCKET = "9x32x48"
-GROUPS = {LATENTS: BUCKET, TEXT: "8"}
+SIZE = "32x48"
+GROUPS = {LATENTS: BUCKET, TEXT: "8", IMAGES: SIZE}
 IDENTITY = Identity(
     model=ModelRecord(id="some/model", variant=VARIANT),
     series={LATENTS: LATENT_PRINT, TEXT: TEXT_PRINT},
     buckets=(BUCKET,),
 )
-SHAPES = {LATENTS: (8, 3, 4, 6), TEXT: (8, 8)}
-NAMES = {LATENTS: "moments", TEXT: "prompt_embeds"}
-DTYPES = {LATENTS: torch.bfloat16, TEXT: torch.float32}
+SHAPES = {LATENTS: (8, 3, 4, 6), TEXT: (8, 8), IMAGES: (4, 1, 4, 6)}
+NAMES = {LATENTS: "moments", TEXT: "prompt_embeds", IMAGES: "latents"}
+DTYPES = {LATENTS: torch.bfloat16, TEXT: torch.float32, IMAGES: torch.bfloat16}
 
 
 def caption(clip: int) -> str:
@@ -50,19 +52,24 @@ def text_key(words: str) -> str:
     return keys.text_key(TEXT_PRINT, words)
 
 
+def latent_facts(clips: int) -> dict[str, dict[str, Any]]:
+    """Key -> facts of the latents of so many clips."""
+    return {
+        latent_key(clip): {
+            "source": f"{clip}.mp4",
+            "sha256": f"sha of {clip}",
+            "window": "start",
+            "bucket": BUCKET,
+        }
+        for clip in range(clips)
+    }
+
+
 def facts_by_key() -> dict[str, dict[str, dict[str, Any]]]:
     """Series -> key -> facts of all entries of the cache, in the order of the plan."""
     captions = ["", *dict.fromkeys(caption(clip) for clip in range(CLIPS)), "a prompt"]
     return {
-        LATENTS: {
-            latent_key(clip): {
-                "source": f"{clip}.mp4",
-                "sha256": f"sha of {clip}",
-                "window": "start",
-                "bucket": BUCKET,
-            }
-            for clip in range(CLIPS)
-        },
+        LATENTS: latent_facts(CLIPS),
         TEXT: {text_key(words): {"caption": words} for words in captions},
     }
 
@@ -90,22 +97,43 @@ def sample(clip: int) -> SampleRecord:
     )
 
 
+def fill(
+    writer: CacheWriter,
+    series: str,
+    facts: Mapping[str, dict[str, Any]],
+    per_shard: int,
+    done: Callable[[str], object],
+    *,
+    unreadable: Collection[str] = (),
+    damaged: Collection[str] = (),
+) -> None:
+    """Plan and make the entries of one series; ``done`` is told each key after it is durable.
+
+    Args:
+        unreadable: Keys that fail.
+        damaged: Keys to write with a wrong value.
+    """
+    writer.plan(series, list(facts), per_shard, GROUPS[series])
+    for job in writer.jobs(series, facts):
+        with job:
+            for key in job.remaining:
+                if key in unreadable:
+                    job.fail(key, facts[key]["source"], "cannot be decoded")
+                    continue
+                entry = make_entry(series, key, facts[key])
+                if key in damaged:
+                    entry.tensors[NAMES[series]].view(-1)[3] = float("nan")
+                job.append(entry)
+                done(key)
+            job.finish()
+
+
 def encode(root: Path, damaged: Collection[str] = ()) -> list[str]:
     """A whole run of encode; gives the keys that it had to make. ``damaged``: keys to write with a wrong value."""
-    made = []
+    made: list[str] = []
     writer = CacheWriter.open(root, IDENTITY)
     for series, per_shard in ((LATENTS, 2), (TEXT, 3)):
-        facts = facts_by_key()[series]
-        writer.plan(series, list(facts), per_shard, GROUPS[series])
-        for job in writer.jobs(series, facts):
-            with job:
-                for key in job.remaining:
-                    entry = make_entry(series, key, facts[key])
-                    if key in damaged:
-                        entry.tensors[NAMES[series]].view(-1)[3] = float("nan")
-                    job.append(entry)
-                    made.append(key)
-                job.finish()
+        fill(writer, series, facts_by_key()[series], per_shard, made.append, damaged=damaged)
     lost = FailureRecord(id="lost", source="lost.mp4", window="start", reason="cannot be decoded")
     if not (root / "manifest.json").exists():
         writer.journal.add(

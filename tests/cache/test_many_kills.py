@@ -1,0 +1,342 @@
+"""Hundreds of real SIGKILLs. Run by: pytest -m slow tests/cache/test_many_kills.py, which prints how many."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import kill_kit
+import pytest
+from cache_kit import FakeOs, install, snapshot
+from kill_kit import Kept, Lists, Tally, check_after_kill, encoding
+from process_kit import Body, Run
+from verify_kit import flip, latent_key
+
+from cogcache.cache.check import check_cache
+from cogcache.cache.reader import CacheReader
+from cogcache.cache.repair import repair_cache
+from cogcache.cache.transfer import export_shards, merge_shards
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+BAD = frozenset({1})
+SOURCE = Lists(3, per_shard=2, draws=1, prompts=1)
+
+
+def export(root: Path, _: Callable[[str], object], *, source: Path) -> None:
+    export_shards(source, root, limit=2)
+
+
+def merge(root: Path, _: Callable[[str], object], *, source: Path) -> None:
+    merge_shards(root, [source, source])
+
+
+def repair(root: Path, _: Callable[[str], object] = str) -> None:
+    repair_cache(check_cache(root), "some/model")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What runs on a cache while it is killed.
+
+    Args:
+        body: Makes it, given a finished cache of :data:`SOURCE`.
+        before: What a finished cache holds when the run begins; None: there is none.
+    """
+
+    name: str
+    body: Callable[[Path], Body]
+    before: Lists | None = None
+
+
+def _encode(name: str, lists: Lists, before: Lists | None = None) -> Scenario:
+    return Scenario(name, lambda _: encoding(lists), before)
+
+
+SCENARIOS = [
+    _encode("encode, one shard", Lists(4, per_shard=100)),
+    _encode("encode, many shards, clips that fail", Lists(3, per_shard=1, bad=BAD)),
+    _encode("encode, image conditions and prompts", Lists(2, per_shard=3, draws=2, prompts=1)),
+    _encode("encode, clips added", Lists(5, per_shard=2, bad=BAD), Lists(3, per_shard=2, bad=BAD)),
+    Scenario("export", lambda source: partial(export, source=source)),
+    Scenario("merge", lambda source: partial(merge, source=source)),
+]
+EVERY_STEP, AT_ANY_TIME, ONE_OF_THREE, ALL_THREE, GROWING, REPAIRS = 60, 10, 30, 30, 30, 60
+"""The least number of kills in each test: of each scenario in the first two."""
+
+
+def _least() -> int:
+    return (EVERY_STEP + AT_ANY_TIME) * len(SCENARIOS) + ONE_OF_THREE + ALL_THREE + GROWING + REPAIRS
+
+
+assert _least() >= 200
+scenarios = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+
+
+@pytest.fixture(scope="module")
+def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
+    """Counts the kills of all tests, and prints them at the end."""
+    known = Tally()
+    yield known
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("", *known.lines(), sep="\n")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cache to export and merge from. Read only."""
+    root = tmp_path_factory.mktemp("source") / "cache"
+    assert encoding(SOURCE)(root, str)
+    return root
+
+
+@contextmanager
+def timed(tally: Tally, name: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    tally.seconds[name] = time.monotonic() - began
+
+
+class Trial:
+    """A scenario with what it makes where nothing disturbs it: ``expected``, after ``steps`` file operations."""
+
+    def __init__(
+        self, scenario: Scenario, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.name, self.body, self._folder, self._caches = scenario.name, scenario.body(source), folder, 0
+        self._start = folder / "start"
+        install(FakeOs(), monkeypatch)
+        if scenario.before is not None:
+            encoding(scenario.before)(self._start, str)
+        self.before = Kept.of(self._start)
+        self.finished = scenario.before is not None
+        whole = self.begin()
+        fake = install(FakeOs(), monkeypatch)
+        self.body(whole, str)
+        self.steps, self.expected, self.keys = fake.steps, snapshot(whole), Kept.of(whole).keys
+
+    def begin(self) -> Path:
+        """A new cache in the state in which the run begins."""
+        root = self._folder / f"cache-{self._caches}"
+        self._caches += 1
+        if self._start.exists():
+            shutil.copytree(self._start, root)
+        return root
+
+    def progress(self, kept: Kept) -> float:
+        """How many of the entries to make are durable, 0 to 1."""
+        old = len(self.before.keys)
+        return (len(kept.keys) - old) / (len(self.keys) - old)
+
+    def finish(self, root: Path, kept: Kept) -> None:
+        """The same run again, undisturbed: it makes only what is missing, and the cache is as if nothing had been."""
+        made: list[str] = []
+        self.body(root, made.append)
+        assert kept.keys.isdisjoint(made)
+        assert snapshot(root) == self.expected
+        shutil.rmtree(root)
+
+
+@scenarios
+def test_killed_before_every_file_operation(
+    scenario: Scenario,
+    processes: ForkServerContext,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tally: Tally,
+) -> None:
+    trial, name = Trial(scenario, source, tmp_path, monkeypatch), f"{scenario.name}: before every operation"
+    with timed(tally, name):
+        for step in range(trial.steps):
+            root = trial.begin()
+            outcome = Run(processes, trial.body, root, step, torn=bool(step % 2)).join()
+            assert outcome.killed
+            kept = check_after_kill(root, trial.before, outcome.told, trial.finished)
+            tally.add(name, root, step / trial.steps)
+            trial.finish(root, kept)
+    tally.check(name, EVERY_STEP)
+    assert tally.moments[name] == {
+        "shard renamed, no index yet",
+        "index there, plan not removed",
+        "tables waiting beside the manifest",
+        *([] if trial.finished else ["tables waiting"]),
+    }
+
+
+@scenarios
+def test_killed_at_any_time(
+    scenario: Scenario,
+    processes: ForkServerContext,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tally: Tally,
+) -> None:
+    """The same cache is killed again and again until it is finished."""
+    trial, name = Trial(scenario, source, tmp_path, monkeypatch), f"{scenario.name}: at any time"
+    usual, dice = Run(processes, trial.body, trial.begin()).join().seconds, random.Random(name)
+    with timed(tally, name):
+        while tally.kills[name] < AT_ANY_TIME or not spread(tally, name):
+            root, killed, kept = trial.begin(), True, trial.before
+            while killed:
+                run = Run(processes, trial.body, root)
+                time.sleep(dice.uniform(0, usual))
+                run.kill()
+                outcome = run.join()
+                assert kept.keys.isdisjoint(outcome.told)
+                killed, kept = outcome.killed, check_after_kill(root, kept, outcome.told, trial.finished)
+                if killed:
+                    tally.add(name, root, trial.progress(kept))
+            assert snapshot(root) == trial.expected
+    tally.check(name, AT_ANY_TIME)
+
+
+def spread(tally: Tally, name: str) -> bool:
+    """Whether the kills came at varied progress; after so many it is no accident any more if not."""
+    progress = tally.progress[name]
+    return {min(2, int(3 * part)) for part in progress} == {0, 1, 2} or len(progress) > 100
+
+
+THREE = Lists(8, per_shard=2, bad=BAD, draws=1, prompts=1)
+
+
+def test_one_of_three_processes_is_killed(
+    processes: ForkServerContext, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
+) -> None:
+    """The two others finish its work: at a random moment, or right before one of its file operations."""
+    name, dice = "three processes, one is killed", random.Random(0)
+    trial = Trial(_encode(name, THREE), source, tmp_path, monkeypatch)
+    body = partial(kill_kit.encode_until_idle, lists=THREE)
+    usual = Run(processes, body, trial.begin()).join().seconds
+    with timed(tally, name):
+        while tally.kills[name] < ONE_OF_THREE:
+            root, chosen, itself = trial.begin(), dice.randrange(3), tally.kills[name] % 2 == 0
+            stops = [dice.randrange(trial.steps // 2) if itself and n == chosen else None for n in range(3)]
+            runs = [Run(processes, body, root, stop, torn=dice.random() < 0.5) for stop in stops]
+            if not itself:
+                time.sleep(dice.uniform(0, usual))
+                runs[chosen].kill()
+            outcomes = [run.join() for run in runs]
+            told = [key for outcome in outcomes for key in outcome.told]
+            assert [n for n, outcome in enumerate(outcomes) if outcome.killed] in ([chosen], [])
+            assert len(told) == len(set(told)), "an entry was made twice"
+            if outcomes[chosen].killed:
+                tally.add(name, root, len(outcomes[chosen].told) / len(trial.keys))
+            kept = check_after_kill(root, trial.before, frozenset(told), finished=True)
+            assert kept.keys == trial.keys
+            trial.finish(root, kept)
+    assert len(set(tally.progress[name])) >= 4
+
+
+def test_three_processes_are_killed_together(
+    processes: ForkServerContext, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
+) -> None:
+    """Three new ones go on, until the cache is finished."""
+    name, dice = "three processes, all are killed", random.Random(0)
+    trial = Trial(_encode(name, THREE), source, tmp_path, monkeypatch)
+    body = partial(kill_kit.encode_until_idle, lists=THREE)
+    usual = Run(processes, body, trial.begin()).join().seconds
+    with timed(tally, name):
+        while tally.kills[name] < ALL_THREE or not spread(tally, name):
+            root, killed, kept = trial.begin(), 3, trial.before
+            while killed:
+                runs = [Run(processes, body, root) for _ in range(3)]
+                time.sleep(dice.uniform(0, usual / 2))
+                for run in runs:
+                    run.kill()
+                outcomes = [run.join() for run in runs]
+                told = [key for outcome in outcomes for key in outcome.told]
+                assert len(told) == len(set(told)), "an entry was made twice"
+                assert kept.keys.isdisjoint(told)
+                killed = sum(outcome.killed for outcome in outcomes)
+                kept = check_after_kill(root, kept, frozenset(told), trial.finished)
+                if killed:
+                    tally.add(name, root, trial.progress(kept), killed)
+            assert snapshot(root) == trial.expected
+    tally.check(name, ALL_THREE)
+
+
+def test_lists_grow_while_nothing_is_finished(
+    processes: ForkServerContext, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
+) -> None:
+    """Every run is given more clips than the last, which was killed. Shards differ then, but nothing else does."""
+    name, dice, most = "encode, lists that grow", random.Random(0), 8
+    trial = Trial(_encode(name, Lists(most, bad=BAD)), source, tmp_path, monkeypatch)
+    whole = trial.begin()
+    encoding(Lists(most, bad=BAD))(whole, str)
+    with timed(tally, name):
+        while tally.kills[name] < GROWING:
+            root, kept = trial.begin(), trial.before
+            for clips in range(2, most + 1):
+                body = encoding(Lists(clips, bad=BAD))
+                outcome = Run(processes, body, root, dice.randrange(trial.steps), torn=True).join()
+                assert kept.keys.isdisjoint(outcome.told)
+                kept = check_after_kill(root, kept, outcome.told, finished=False)
+                if outcome.killed:
+                    tally.add(name, root, trial.progress(kept))
+            made: list[str] = []
+            encoding(Lists(most, bad=BAD))(root, made.append)
+            assert kept.keys.isdisjoint(made)
+            check_after_kill(root, kept, frozenset(made), finished=True)
+            assert contents(root) == contents(whole)
+            shutil.rmtree(root)
+    tally.check(name, GROWING)
+
+
+def contents(root: Path) -> dict[str, object]:
+    """Tables and entries of a cache, wherever in it they are."""
+    reader = CacheReader(root)
+    entries = {
+        key: reader.contents(name, key) for name in reader.manifest.series for key in reader.keys(name)
+    }
+    return {**entries, "samples": reader.samples, "failures": reader.failures, "prompts": reader.validation}
+
+
+def test_repair_is_killed_before_every_file_operation(
+    processes: ForkServerContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
+) -> None:
+    """No good entry is lost; the next repair, and the next encode, end as if nothing had been."""
+    lists, name = Lists(6, per_shard=3, prompts=1), "repair: before every operation"
+    install(FakeOs(), monkeypatch)
+    start, mended = tmp_path / "start", tmp_path / "mended"
+    encoding(lists)(start, str)
+    for clip in (1, 5):  # in two shards, one of them the last
+        shard = next(s for s in start.glob("latents/*.tar") if latent_key(clip).encode() in s.read_bytes())
+        flip(shard, shard.read_bytes().index(latent_key(clip).encode()) + 512 + 300)
+    next(iter(sorted(start.glob("text/*.index.jsonl")))).unlink()
+    damaged = {latent_key(1), latent_key(5)}
+    good = lists.keys() - damaged
+    shutil.copytree(start, mended)
+    fake = install(FakeOs(), monkeypatch)
+    repair(mended)
+    steps, expected = fake.steps, snapshot(mended)
+    encoding(lists)(mended, str)
+    remade = snapshot(mended)
+    with timed(tally, name):
+        for step in range(steps):
+            root = Path(shutil.copytree(start, tmp_path / str(step)))
+            assert Run(processes, repair, root, step, torn=bool(step % 2)).join().killed
+            kept = Kept.of(root)
+            lost = good - kept.keys  # but those of the shard whose index is lost, which the tar file holds
+            assert all(
+                any(key.encode() in tar.read_bytes() for tar in root.glob("text/*.tar")) for key in lost
+            )
+            assert all(len(shards) == 1 for shards in kept.shards.values())
+            tally.add(name, root, step / steps)
+            repair(root)
+            assert snapshot(root) == expected
+            assert check_cache(root).report.whole
+            made: list[str] = []
+            encoding(lists)(root, made.append)
+            assert set(made) == damaged
+            assert snapshot(root) == remade
+            shutil.rmtree(root)
+    tally.check(name, REPAIRS)
