@@ -141,6 +141,7 @@ class Trial:
         self.body(root, made.append)
         assert kept.keys.isdisjoint(made)
         assert snapshot(root) == self.expected
+        assert check_cache(root).report.whole
         shutil.rmtree(root)
 
 
