@@ -28,6 +28,10 @@ __all__ = ["app", "main"]
 
 _CTRL_C = 130
 Family = Literal["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"]
+Format = Literal["webdataset", "zarr"]
+Compression = Literal["zstd", "none"]
+_FORMAT = "How the new shards are stored. Default: as the old ones."
+_COMPRESSION = "Compression of zarr shards."
 
 
 def _config_commands() -> dict[str, tuple[type[BaseModel], Callable[[Any], None]]]:
@@ -274,6 +278,8 @@ def _export(
         Path | None, typer.Option("--list", metavar="FILE", help="Only these sources or ids, one a line.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many clips.")] = None,
+    backend: Annotated[Format | None, typer.Option("--format", help=_FORMAT)] = None,
+    zarr_compression: Annotated[Compression, typer.Option(help=_COMPRESSION)] = "zstd",
 ) -> None:
     """Write some of a cache's clips as a cache of its own. Nothing is encoded again.
 
@@ -281,7 +287,16 @@ def _export(
     """
     from cogcache.cache.transfer import export_shards
 
-    manifest = export_shards(shards, out, query=query, bucket=bucket, names=names, limit=limit)
+    manifest = export_shards(
+        shards,
+        out,
+        query=query,
+        bucket=bucket,
+        names=names,
+        limit=limit,
+        backend=backend,
+        compression=zarr_compression,
+    )
     typer.echo(f"Wrote {out}: {manifest.tables['samples.jsonl'].rows} clips")
 
 
@@ -289,6 +304,8 @@ def _export(
 def _merge(
     out: Annotated[Path, typer.Argument(help="Folder of the new cache.")],
     shards: Annotated[list[str], typer.Argument(help="Folders or URLs of the caches to join.")],
+    backend: Annotated[Format | None, typer.Option("--format", help=_FORMAT)] = None,
+    zarr_compression: Annotated[Compression, typer.Option(help=_COMPRESSION)] = "zstd",
 ) -> None:
     """Join caches that were made with the same settings. Nothing is encoded again.
 
@@ -296,7 +313,7 @@ def _merge(
     """
     from cogcache.cache.transfer import merge_shards
 
-    manifest = merge_shards(out, shards)
+    manifest = merge_shards(out, shards, backend=backend, compression=zarr_compression)
     typer.echo(f"Wrote {out}: {manifest.tables['samples.jsonl'].rows} clips")
 
 

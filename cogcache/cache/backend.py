@@ -7,11 +7,12 @@ then its facts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, get_args
 
-from cogcache.cache.format import BackendName, Entry, EntryRecord
+from cogcache.cache.format import BackendName, Entry, EntryRecord, Identity, ZarrCompression
+from cogcache.cache.index import ShardIndex
 from cogcache.cache.stored import Contents
 from cogcache.cache.tensors import Buffer
 
@@ -63,7 +64,13 @@ class Layout(Protocol):
 
 
 class Backend(Protocol):
-    """One way to store shards. Without state."""
+    """One way to store shards.
+
+    Attributes:
+        fixed_slots: All shards of a group may hold the same number of entries, decided by the first plan.
+    """
+
+    fixed_slots: bool
 
     def data_file(self, shard: str) -> str:
         """Name of the data file of a shard, relative to the folder of its series, with ``/``."""
@@ -96,6 +103,22 @@ class Backend(Protocol):
     def facts(self, key: str, member: Buffer) -> dict[str, Any]:
         """The facts, from the second member alone. Raises as :meth:`unpack` does."""
 
+    def slots(self, folder: Path, group: str, wanted: int) -> int:
+        """Most entries that a new shard of this group in the folder of a series may hold.
+
+        Args:
+            wanted: What a run asks for; where shards of the group must be alike, it is that of those that are there.
+        """
+
+    def side_files(
+        self, root: Path, identity: Identity, shards: Mapping[str, Mapping[str, ShardIndex]]
+    ) -> dict[str, bytes]:
+        """Files that tell other programs of the cache in ``root``, by name relative to it. The reader needs none.
+
+        Args:
+            shards: Series -> committed shard -> index.
+        """
+
     def read_head(self, stream: BinaryIO, size: int) -> dict[str, Any]:
         """What a data file of ``size`` bytes says of itself.
 
@@ -115,11 +138,16 @@ BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 """Names of all backends."""
 
 
-def backend_of(name: str) -> Backend:
-    """The backend that an identity or a manifest names."""
-    from cogcache.cache.tar import TarBackend
+def backend_of(name: BackendName, compression: ZarrCompression = "zstd") -> Backend:
+    """The backend that an identity or a manifest names.
 
-    return {"webdataset": TarBackend}[name]()
+    Args:
+        compression: Of new zarr arrays; those that are there keep theirs.
+    """
+    from cogcache.cache.tar import TarBackend
+    from cogcache.cache.zarr_shard import ZarrBackend
+
+    return ZarrBackend(compression) if name == "zarr" else TarBackend()
 
 
 def data_files(backend: Backend, folder: Path) -> Iterator[tuple[str, str, Path]]:

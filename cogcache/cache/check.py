@@ -25,10 +25,10 @@ from cogcache.cache.format import (
     Identity,
     SampleRecord,
 )
-from cogcache.cache.index import check_key
+from cogcache.cache.index import ShardIndex, check_key, parse_index
 from cogcache.cache.journal import Journal
 from cogcache.cache.lines import load_sealed
-from cogcache.cache.names import parse_shard
+from cogcache.cache.names import is_shard, parse_shard
 from cogcache.cache.shard_check import ShardFinding, examine
 from cogcache.cache.survey import Survey, survey
 
@@ -76,6 +76,7 @@ def check_cache(root: Path, advance: Callable[[int], object] = lambda _: None) -
         report = Report(str(root), list(seen.damages))
         findings = list(_shards(seen, advance)) if seen.identity else []
         report.damages += [damage for finding in findings for damage in finding.damages]
+        _side_files(seen, findings, report)
         _references(seen, findings, report)
         _plans(root, report)
         _journal(root, report)
@@ -117,6 +118,34 @@ def _expectation(seen: Survey, identity: Identity, series: str) -> Expectation |
 def needs_of(row: SampleRecord) -> list[tuple[str, str]]:
     """(series, key) of every entry that a sample needs."""
     return [(LATENTS, row.latents), (TEXT, row.text), *((IMAGES, key) for key in row.images)]
+
+
+def _side_files(seen: Survey, findings: list[ShardFinding], report: Report) -> None:
+    """What tells other programs of the cache; of a group that is being filled, it may be ahead of the shards."""
+    if seen.identity is None:
+        return
+    shards: dict[str, dict[str, ShardIndex]] = defaultdict(dict)
+    for finding in findings:
+        if finding.index or finding.good:
+            shards[finding.series][finding.name] = finding.index or parse_index(finding.index_file())
+    filled = _filled(seen)
+    for name, data in seen.backend.side_files(seen.root, seen.identity, shards).items():
+        path = seen.root / name
+        seen.side_files.add(name)
+        if path.parent not in filled and not (path.is_file() and path.read_bytes() == data):
+            report.damages.append(Damage(name, "it is missing or changed"))
+
+
+def _filled(seen: Survey) -> set[Path]:
+    """Folders with data files of unfinished shards."""
+    return {
+        (folder / seen.backend.data_file(shard)).parent
+        for series in seen.shards
+        for folder in [seen.root / series]
+        for plan in folder.glob("*.plan.json")
+        for shard in [plan.name.removesuffix(".plan.json")]
+        if is_shard(shard, series)
+    }
 
 
 def _references(seen: Survey, findings: list[ShardFinding], report: Report) -> None:
@@ -197,7 +226,7 @@ def _strangers(seen: Survey, findings: list[ShardFinding], report: Report) -> No
     unfinished, ours = _data_strangers(seen, findings, report)
     for path in sorted(seen.root.rglob("*")):
         name = path.relative_to(seen.root).as_posix()
-        if path.is_dir() or path in ours or name in _TOP or name == _SETTINGS:
+        if path.is_dir() or path in ours or name in {*_TOP, *seen.side_files, _SETTINGS}:
             continue
         match = _SHARD_FILE.fullmatch(path.name)
         if match and path.parent.parent == seen.root and match[1].split("-")[0] == path.parent.name:

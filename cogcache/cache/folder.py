@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from cogcache.cache.backend import PART, backend_of, data_files
 from cogcache.cache.damage import mend_hint
 from cogcache.cache.files import FileLock, make_folder, remove, write_atomic
-from cogcache.cache.format import Identity
+from cogcache.cache.format import Identity, ZarrCompression
 from cogcache.cache.index import ShardIndex, check_key, parse_index
 from cogcache.cache.lines import dump_sealed, load_sealed
 from cogcache.cache.names import ShardName, check_series, parse_shard
@@ -28,10 +29,12 @@ __all__ = ["SeriesFolder"]
 class SeriesFolder:
     """The folder of one series."""
 
-    def __init__(self, root: Path, identity: Identity, series: str) -> None:
+    def __init__(
+        self, root: Path, identity: Identity, series: str, compression: ZarrCompression = "zstd"
+    ) -> None:
         self.series = check_series(series)
         self.path = root / series
-        self._backend = backend_of(identity.backend)
+        self._backend = backend_of(identity.backend, compression)
         self._facts = head_facts(series, identity.model.variant, identity.series[series])
         self._known: dict[str, ShardIndex] = {}
         make_folder(self.path)
@@ -82,14 +85,21 @@ class SeriesFolder:
         Raises:
             DamagedCacheError: if the plan is damaged.
         """
+        return self._plan(name)[0]
+
+    def _plan(self, name: str) -> tuple[tuple[str, ...], int]:
+        """Keys, and most entries that a shard of the group may hold, 0 where any number may be."""
         path = self.path / f"{name}.plan.json"
         try:
             value = load_sealed(path.read_bytes())
             if value["shard"] != name or not isinstance(value["keys"], list):
                 raise ValueError("it is the plan of another shard")
-            return tuple(check_key(key) for key in value["keys"])
+            keys, slots = tuple(check_key(key) for key in value["keys"]), value.get("slots", 0)
+            if self._backend.fixed_slots and not (type(slots) is int and slots >= len(keys)):
+                raise ValueError("it has more keys than slots")
         except (OSError, ValueError, KeyError) as error:
             raise self._damaged(path, name, error) from None
+        return keys, slots
 
     def _damaged(self, path: Path, name: str, error: Exception) -> DamagedCacheError:
         return DamagedCacheError(
@@ -117,8 +127,8 @@ class SeriesFolder:
             keys.update(durable, after(self.plan(name), durable))
         return keys
 
-    def add_plans(self, keys: Sequence[str], entries_per_shard: int, group: str = "") -> list[str]:
-        """Decide the shards of ``keys``, in this order; returns the names of the new shards.
+    def add_plans(self, keys: Sequence[str], entries_per_shard: int, group: str = "") -> dict[str, int]:
+        """Decide the shards of ``keys``, in this order; returns how many each new shard is to get.
 
         Args:
             group: Shape that the entries share, ``"49x480x720"``; shards are numbered within it.
@@ -126,12 +136,14 @@ class SeriesFolder:
         used = [parse_shard(name) for s in ("index.jsonl", "plan.json") for name in self._names(s)]
         used += [parse_shard(name) for name, tail, _ in data_files(self._backend, self.path) if not tail]
         first = max((name.number for name in used if name.group_text == group), default=-1) + 1
-        made = []
-        for number, start in enumerate(range(0, len(keys), entries_per_shard), first):
+        slots = self._backend.slots(self.path, group, entries_per_shard)
+        made: dict[str, int] = {}
+        for number, start in enumerate(range(0, len(keys), slots), first):
             name = str(ShardName.of(self.series, group, number))
-            value = {"shard": name, "keys": list(keys[start : start + entries_per_shard])}
+            value: dict[str, Any] = {"shard": name, "keys": list(keys[start : start + slots])}
+            value |= {"slots": slots} if self._backend.fixed_slots else {}
             write_atomic(self.path / f"{name}.plan.json", dump_sealed(value))
-            made.append(name)
+            made[name] = len(keys[start : start + slots])
         return made
 
     def claim(self, name: str) -> FileLock | None:
@@ -140,8 +152,8 @@ class SeriesFolder:
 
     def open_shard(self, name: str) -> ShardWriter:
         """Open a claimed shard for writing, where a killed process left it."""
-        layout = self._backend.layout(self.path, name, self._facts, 0)
-        return ShardWriter(self.path, name, layout, self.plan(name))
+        keys, slots = self._plan(name)
+        return ShardWriter(self.path, name, self._backend.layout(self.path, name, self._facts, slots), keys)
 
     def drop_plan(self, name: str) -> None:
         """Remove the plan and the lock of a shard that is committed or came to nothing."""

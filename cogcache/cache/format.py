@@ -50,6 +50,7 @@ __all__ = [
     "ShardRecord",
     "TableRecord",
     "ValidationRecord",
+    "ZarrCompression",
     "canonical_json",
     "differences",
     "digest",
@@ -73,8 +74,11 @@ LATENTS = "latents"
 TEXT = "text"
 IMAGES = "images"
 
-BackendName = Literal["webdataset"]
+BackendName = Literal["webdataset", "zarr"]
 """How shards are stored, :mod:`cogcache.cache.backend`."""
+
+ZarrCompression = Literal["zstd", "none"]
+"""How chunks of zarr shards are compressed."""
 
 Fingerprint = dict[str, Any]
 """Everything that determines the bytes of a series, as flat readable fields."""

@@ -91,6 +91,9 @@ def repair_cache(
     writer = CacheWriter.open(root, identity)
     for series in folders:
         _take_good(root, writer, series, result)
+    if any(damage.file in checked.seen.side_files for damage in checked.report.damages):
+        writer.refresh()
+        result.done.append("what tells other programs of the cache was written anew")
     _mend_tables(checked, identity, advance, result)
     if any(damage.file == JOURNAL_FILE for damage in checked.report.damages):
         _mend_journal(root, result)
@@ -157,7 +160,7 @@ def _mend_shard(root: Path, finding: ShardFinding, known: set[str], result: Repa
         return True
     if not (finding.data_whole and finding.good and known.isdisjoint(r.key for r in finding.good)):
         return False
-    write_atomic(root / finding.series / f"{finding.name}.index.jsonl", finding.index())
+    write_atomic(root / finding.series / f"{finding.name}.index.jsonl", finding.index_file())
     proof = "" if finding.proven else "; nothing vouches for its bytes any more: check it with --decode 100%"
     result.done.append(f"the index of {finding.name} was rebuilt from its data file{proof}")
     return True
@@ -166,7 +169,7 @@ def _mend_shard(root: Path, finding: ShardFinding, known: set[str], result: Repa
 def _set_aside(folder: Path, finding: ShardFinding) -> None:
     """Take a shard out of the cache: first a list of its good entries, then its index goes, then its name."""
     data = folder / finding.file
-    write_atomic(folder / f"{finding.name}.index.damaged", finding.index())
+    write_atomic(folder / f"{finding.name}.index.damaged", finding.index_file())
     remove(folder / f"{finding.name}.index.jsonl")
     if data.exists():
         rename(data, data.with_name(data.name + DAMAGED))

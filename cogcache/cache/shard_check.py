@@ -36,8 +36,8 @@ class ShardFinding:
         size: Bytes of the data file.
         sha256: Its hash.
         damages: What is wrong, without clips.
-        index_lost: The index is missing or not to be believed.
         data_whole: The data file is the one that was committed, or where nothing names that one, sound.
+        index: The index, if it can be believed.
         proven: A hash from the manifest or the index vouches for the bytes.
     """
 
@@ -48,7 +48,7 @@ class ShardFinding:
     size: int = 0
     sha256: str = ""
     damages: list[Damage] = field(default_factory=list)
-    index_lost: bool = False
+    index: ShardIndex | None = None
     data_whole: bool = False
     proven: bool = False
 
@@ -56,7 +56,12 @@ class ShardFinding:
         """Note a damage, of the data file if ``file`` names no other one of the series."""
         self.damages.append(Damage(f"{self.series}/{file or self.file}", what, self.name, key))
 
-    def index(self) -> bytes:
+    @property
+    def index_lost(self) -> bool:
+        """Whether the index is missing or not to be believed."""
+        return self.index is None
+
+    def index_file(self) -> bytes:
         """An index file of the good entries."""
         return build_index(self.good, self.size, self.sha256)
 
@@ -80,7 +85,7 @@ def examine(
     found = ShardFinding(expected.series, name, backend.data_file(name))
     expected = replace(expected, group=parse_shard(name).group_text)
     path = folder / found.file
-    index = _read_index(folder, record, backend, found)
+    index = found.index = _read_index(folder, record, backend, found)
     if not path.is_file() or path.is_symlink():
         found.damage("it is missing")
         return found
@@ -122,7 +127,6 @@ def _read_index(
         found.damage("it is missing", file=file)
     except (OSError, ValueError) as error:
         found.damage(str(error), file=file)
-    found.index_lost = True
     return None
 
 

@@ -67,6 +67,7 @@ class SeriesShards:
 class Survey:
     """What was found. Attributes are None where a file is missing or cannot be believed.
 
+    ``side_files`` are names of files that tell other programs of the cache; a check fills them in.
     ``rows`` are proven by the manifest, or where there is none, by themselves.
     """
 
@@ -79,6 +80,7 @@ class Survey:
     validation: list[ValidationRecord] | None = None
     shards: dict[str, SeriesShards] = field(default_factory=dict)
     damages: list[Damage] = field(default_factory=list)
+    side_files: set[str] = field(default_factory=set)
 
     @property
     def backend(self) -> Backend:
@@ -126,14 +128,14 @@ def _believed(seen: Survey, name: str, read: Callable[[], R]) -> R | None:
         return None
 
 
-def _shard_files(root: Path) -> list[tuple[BackendName, Path, Path]]:
-    """Committed data files of all backends: backend, folder of the series, path."""
+def _shard_files(root: Path) -> list[tuple[BackendName, str, Path]]:
+    """Committed data files of all backends: backend, shard, path."""
     folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     return sorted(
-        (name, folder, path)
+        (name, shard, path)
         for name in BACKENDS
         for folder in folders
-        for _, tail, path in data_files(backend_of(name), folder)
+        for shard, tail, path in data_files(backend_of(name), folder)
         if not tail
     )
 
@@ -171,25 +173,27 @@ def _identity_of_shards(root: Path) -> Identity | None:
     votes: dict[str, Counter[str]] = {}
     variants: Counter[str] = Counter()
     backends: Counter[BackendName] = Counter()
-    for backend, folder, path in _shard_files(root):
+    files = _shard_files(root)
+    for backend, shard, path in files:
         try:
             with path.open("rb") as stream:
                 said = backend_of(backend).read_head(stream, path.stat().st_size)
             variant = Variant.model_validate(said["variant"])
             fingerprint = said["fingerprint"]
-            if said["series"] != folder.name or not isinstance(fingerprint, dict):
+            series = parse_shard(shard).series
+            if said["series"] != series or not isinstance(fingerprint, dict):
                 continue
         except (OSError, ValueError, KeyError):
             continue
         backends[backend] += 1
         variants[variant.model_dump_json()] += 1
-        votes.setdefault(folder.name, Counter())[canonical_json(fingerprint)] += 1
+        votes.setdefault(series, Counter())[canonical_json(fingerprint)] += 1
     if not variants:
         return None
-    series = {name: parse_object(votes[name].most_common(1)[0][0].encode()) for name in sorted(votes)}
+    prints = {name: parse_object(votes[name].most_common(1)[0][0].encode()) for name in sorted(votes)}
     model = ModelRecord(id="unknown", variant=Variant.model_validate_json(variants.most_common(1)[0][0]))
-    buckets = _buckets(path.name.split(".")[0] for _, _, path in _shard_files(root))
-    return Identity(backend=backends.most_common(1)[0][0], model=model, series=series, buckets=buckets)
+    buckets = _buckets(shard for _, shard, _ in files)
+    return Identity(backend=backends.most_common(1)[0][0], model=model, series=prints, buckets=buckets)
 
 
 def _find_shards(seen: Survey) -> None:

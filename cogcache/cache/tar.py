@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cogcache.cache.checksum import crc32
-from cogcache.cache.format import Entry, EntryRecord, MemberRecord, canonical_json
+from cogcache.cache.format import Entry, EntryRecord, Identity, MemberRecord, canonical_json
+from cogcache.cache.index import ShardIndex
 from cogcache.cache.lines import parse_object
 from cogcache.cache.names import parse_shard
 from cogcache.cache.stored import Contents, contents_of, entry_of
@@ -90,6 +91,8 @@ class TarLayout:
 class TarBackend:
     """Shards as tar files in the folder of their series."""
 
+    fixed_slots = False
+
     def data_file(self, shard: str) -> str:
         """``latents-00007.tar``."""
         return f"{shard}.tar"
@@ -123,6 +126,18 @@ class TarBackend:
         """As :meth:`cogcache.cache.backend.Backend.facts`."""
         _ = key
         return parse_object(bytes(member))
+
+    def slots(self, folder: Path, group: str, wanted: int) -> int:
+        """As wanted: shards may be of any size."""
+        _ = folder, group
+        return wanted
+
+    def side_files(
+        self, root: Path, identity: Identity, shards: Mapping[str, Mapping[str, ShardIndex]]
+    ) -> dict[str, bytes]:
+        """None."""
+        _ = root, identity, shards
+        return {}
 
     def read_head(self, stream: BinaryIO, size: int) -> dict[str, Any]:
         """What the first member says."""

@@ -15,11 +15,13 @@ from cogcache.cache.format import (
     LATENTS,
     MANIFEST_FILE,
     TEXT,
+    BackendName,
     FailureRecord,
     Identity,
     Manifest,
     SampleRecord,
     ValidationRecord,
+    ZarrCompression,
     sort_buckets,
 )
 from cogcache.cache.identity import check_same
@@ -43,11 +45,15 @@ def export_shards(
     bucket: str = "",
     names: Path | None = None,
     limit: int | None = None,
+    backend: BackendName | None = None,
+    compression: ZarrCompression = "zstd",
 ) -> Manifest:
     """Write the chosen samples as a cache of their own; prompts for validation come along, failures do not.
 
     Args:
         query, bucket, names, limit: As :func:`choose` says; ``names`` is a UTF-8 file, one a line.
+        backend: How the new cache is stored; None for as the old one.
+        compression: Of zarr arrays.
 
     Raises:
         GeometryError: if ``bucket`` is none.
@@ -60,7 +66,8 @@ def export_shards(
     rows = choose(reader.samples, query=query, bucket=bucket, names=wanted, limit=limit)
     if not rows:
         raise CacheError(f"no sample of {shards} is chosen.", "See what there is: cogcache inspect.")
-    return _write(out, [reader], rows, [], reader.validation)
+    identity = _identity(reader, backend)
+    return _write(out, identity, [reader], rows, [], reader.validation, compression)
 
 
 def choose(
@@ -109,10 +116,20 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def merge_shards(out: Path, shards: Sequence[Location | str]) -> Manifest:
+def merge_shards(
+    out: Path,
+    shards: Sequence[Location | str],
+    *,
+    backend: BackendName | None = None,
+    compression: ZarrCompression = "zstd",
+) -> Manifest:
     """Join caches of equal fingerprints. What is in more than one of them is taken once.
 
     A clip that failed in one and is in another has not failed. Prompts for validation are joined in order.
+
+    Args:
+        backend: How the new cache is stored; None for as the old ones, which must agree then.
+        compression: Of zarr arrays.
 
     Raises:
         MismatchError: if two were made with other settings; lists every field as "was / is".
@@ -122,7 +139,7 @@ def merge_shards(out: Path, shards: Sequence[Location | str]) -> Manifest:
     """
     readers = [CacheReader(root) for root in shards]
     for first, second in pairwise(readers):
-        _check_joinable(first, second)
+        _check_joinable(first, second, backend)
     rows: dict[str, tuple[SampleRecord, Location]] = {}
     for reader in readers:
         for row in reader.samples:
@@ -139,16 +156,25 @@ def merge_shards(out: Path, shards: Sequence[Location | str]) -> Manifest:
                 )
     failures = {row.id: row for reader in reversed(readers) for row in reader.failures if row.id not in rows}
     prompts = list(dict.fromkeys(row for reader in readers for row in reader.validation))
-    return _write(out, readers, [row for row, _ in rows.values()], list(failures.values()), prompts)
+    identity = _identity(readers[0], backend)
+    return _write(
+        out,
+        identity,
+        readers,
+        [row for row, _ in rows.values()],
+        list(failures.values()),
+        prompts,
+        compression,
+    )
 
 
-def _identity(reader: CacheReader) -> Identity:
+def _identity(reader: CacheReader, backend: BackendName | None) -> Identity:
     series = {name: value.fingerprint for name, value in reader.manifest.series.items()}
-    return Identity(backend=reader.manifest.backend, model=reader.manifest.model, series=series)
+    return Identity(backend=backend or reader.manifest.backend, model=reader.manifest.model, series=series)
 
 
-def _check_joinable(first: CacheReader, second: CacheReader) -> None:
-    one, other = _identity(first), _identity(second)
+def _check_joinable(first: CacheReader, second: CacheReader, backend: BackendName | None) -> None:
+    one, other = _identity(first, backend), _identity(second, backend)
     fields: Mapping[str, tuple[object, object]] = {}
     try:
         check_same(first.root, one, other, other.series.keys())
@@ -160,16 +186,20 @@ def _check_joinable(first: CacheReader, second: CacheReader) -> None:
         raise MismatchError(
             f"{first.root} and {second.root} were made with other settings, which never mix:",
             fields,
-            "Encode both with the same settings.",
+            "Give --format to make one of both."
+            if fields.keys() == {"backend"}
+            else "Encode both with the same settings.",
         )
 
 
 def _write(
     out: Path,
+    identity: Identity,
     readers: Sequence[CacheReader],
     rows: Sequence[SampleRecord],
     failures: Sequence[FailureRecord],
     prompts: Sequence[ValidationRecord],
+    compression: ZarrCompression,
 ) -> Manifest:
     if (out / MANIFEST_FILE).exists() and not waiting_tables(out):  # with these, it was stopped in its commit
         raise CacheError(f"{out} holds a finished cache.", "Choose another folder.")
@@ -178,7 +208,7 @@ def _write(
     images = [key for row in rows for key in row.images] + [row.image for row in prompts if row.image]
     wanted = {LATENTS: [row.latents for row in rows], TEXT: texts, IMAGES: images}
     buckets = sort_buckets({str(row.bucket) for row in rows})
-    writer = CacheWriter.open(out, _identity(readers[0]).model_copy(update={"buckets": buckets}))
+    writer = CacheWriter.open(out, identity.model_copy(update={"buckets": buckets}), compression)
     for series in sorted(writer.identity.series):
         _copy(writer, readers, series, list(dict.fromkeys(wanted.get(series, []))))
     return writer.commit(rows, failures, unconditional, prompts)

@@ -24,7 +24,8 @@ from types import MappingProxyType
 from weakref import WeakSet
 
 from cogcache.cache import tables
-from cogcache.cache.files import FileLock, make_folder, remove, remove_tree, storage_errors
+from cogcache.cache.backend import backend_of
+from cogcache.cache.files import FileLock, make_folder, remove, remove_tree, storage_errors, write_atomic
 from cogcache.cache.folder import SeriesFolder
 from cogcache.cache.format import (
     IDENTITY_FILE,
@@ -39,6 +40,7 @@ from cogcache.cache.format import (
     SampleRecord,
     SeriesRecord,
     ValidationRecord,
+    ZarrCompression,
 )
 from cogcache.cache.identity import admit, check_same, read_identity, write_identity
 from cogcache.cache.index import check_key
@@ -54,20 +56,25 @@ _LOCK_FILE = ".lock"
 class CacheWriter:
     """One process's access to a cache that is being filled. Safe beside other processes and threads."""
 
-    def __init__(self, root: Path, identity: Identity) -> None:
+    def __init__(self, root: Path, identity: Identity, compression: ZarrCompression = "zstd") -> None:
         """Use :meth:`open`."""
         self.root = root
         self.identity = identity
         self.journal = Journal(root / JOURNAL_FILE)
         self._held: WeakSet[ShardJob] = WeakSet()
-        self._folders = {series: SeriesFolder(root, identity, series) for series in identity.series}
+        self._folders = {
+            series: SeriesFolder(root, identity, series, compression) for series in identity.series
+        }
 
     @classmethod
-    def open(cls, root: Path, identity: Identity) -> CacheWriter:
+    def open(cls, root: Path, identity: Identity, compression: ZarrCompression = "zstd") -> CacheWriter:
         """Create the cache in ``root``, or take up the one that is there.
 
         A series that the cache does not have yet is added. Another ``model.id`` is accepted where all facts
         of the model and all fingerprints agree: the folder has moved.
+
+        Args:
+            compression: Of new zarr arrays; tar shards have none.
 
         Raises:
             MismatchError: if it was made with other settings; lists every field as "was / is".
@@ -77,7 +84,28 @@ class CacheWriter:
         root = root.absolute()
         make_folder(root)
         with cache_lock(root):
-            return cls(root, admit(root, identity))
+            writer = cls(root, admit(root, identity), compression)
+            writer._write_side_files(())
+            return writer
+
+    def refresh(self) -> None:
+        """Bring the files that tell other programs of the cache in step with its committed shards."""
+        with self._lock():
+            self._write_side_files()
+
+    def _write_side_files(self, series: Collection[str] | None = None) -> None:
+        """Those that are not as they must be, of all shards or of those of some series; under the cache lock."""
+        shards = {
+            name: {shard: folder.index(shard) for shard in folder.committed()}
+            for name, folder in self._folders.items()
+            if series is None or name in series
+        }
+        for name, data in (
+            backend_of(self.identity.backend).side_files(self.root, self.identity, shards).items()
+        ):
+            path = self.root / name
+            if not path.is_file() or path.read_bytes() != data:
+                write_atomic(path, data)
 
     def _lock(self) -> AbstractContextManager[None]:
         return cache_lock(self.root)
@@ -111,9 +139,8 @@ class CacheWriter:
             folder.sweep()
             settled = folder.settled_keys()
             missing = [key for key in wanted if key not in settled]
-            names = folder.add_plans(missing, entries_per_shard, group)
-        for number, name in enumerate(names):
-            entries = min(entries_per_shard, len(missing) - number * entries_per_shard)
+            made = folder.add_plans(missing, entries_per_shard, group)
+        for name, entries in made.items():
             self.journal.add("planned", series=series, shard=name, entries=entries)
 
     def jobs(self, series: str, wanted: Collection[str]) -> Iterator[ShardJob]:
@@ -209,6 +236,7 @@ class CacheWriter:
                     fingerprint=self.identity.series[name],
                     shards=tuple(folder.index(shard).record(shard) for shard in folder.committed()),
                 )
+            self._write_side_files()
             prompts = tables.current_validation(self.root) if validation is None else validation
             self._check_complete(rows, unconditional, prompts, keys)
             manifest = tables.commit_tables(

@@ -128,6 +128,15 @@ class EncodeConfig(CommandConfig):
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.", panel=_RUN)
     workers: int = setting(2, "Threads that decode video ahead of the encoder.", panel=_RUN, ge=1)
+    format: Literal["webdataset", "zarr"] | None = setting(
+        None,
+        "How shards are stored: webdataset (tar files) or zarr (sharded arrays, compressed). "
+        "Default: as the cache that is there, else webdataset.",
+        panel=_CACHE,
+    )
+    zarr_compression: Literal["zstd", "none"] = setting(
+        "zstd", "Compression of zarr shards. Arrays that are there keep theirs.", panel=_CACHE
+    )
     shard_size: float = setting(256.0, "Size at which a shard is full, in MB.", panel=_CACHE, gt=0)
 
     @field_validator("bucket", mode="before")

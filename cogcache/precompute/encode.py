@@ -87,7 +87,7 @@ def encode_all(config: EncodeConfig) -> EncodeResult:
     prompts = plan_validation(settings)
     if config.remake_images:
         drop_series(settings.shards, IMAGES, settings.identity())
-    writer = CacheWriter.open(settings.shards, settings.identity())
+    writer = CacheWriter.open(settings.shards, settings.identity(), settings.config.zarr_compression)
     save_config(settings.effective(), settings.shards / "encode.config.yaml")
     latents, images = _pictures(writer, clips, prompts, settings)
     captions = _text(writer, clips, prompts, settings)

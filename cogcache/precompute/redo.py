@@ -117,7 +117,9 @@ def _settings(root: Path, data_root: Path | None, device: str) -> EncodeSettings
 def _identity(cache: CacheReader) -> Identity:
     manifest = cache.manifest
     return Identity(
-        model=manifest.model, series={name: series.fingerprint for name, series in manifest.series.items()}
+        backend=manifest.backend,
+        model=manifest.model,
+        series={name: series.fingerprint for name, series in manifest.series.items()},
     )
 
 

@@ -14,6 +14,7 @@ from cogcache.cache.format import (
     IMAGES,
     LATENTS,
     TEXT,
+    BackendName,
     Fingerprint,
     Identity,
     ModelRecord,
@@ -54,6 +55,7 @@ class EncodeSettings:
     vae_dtype: str
     text_dtype: str
     tiled: bool
+    backend: BackendName
 
     @property
     def main(self) -> Bucket:
@@ -81,6 +83,7 @@ class EncodeSettings:
                 "vae_dtype": self.vae_dtype,
                 "text_dtype": self.text_dtype,
                 "tiling": "on" if self.tiled else "off",
+                "format": self.backend,
                 "remake_images": False,
             }
         )
@@ -96,6 +99,7 @@ class EncodeSettings:
         if self.variant.task == "i2v":
             series[IMAGES] = self.images_fingerprint()
         return Identity(
+            backend=self.backend,
             model=ModelRecord(id=self._model_id(), variant=self.variant),
             series=series,
             buckets=sort_buckets(map(str, self.buckets)),
@@ -165,7 +169,13 @@ def decide(config: EncodeConfig, items: Sequence[ClipItem] = ()) -> EncodeSettin
         vae_dtype=vae_dtype,
         text_dtype=text_dtype,
         tiled=_tiled(config, shards, buckets, vae_dtype, device),
+        backend=config.format or _known_backend(shards),
     )
+
+
+def _known_backend(shards: Path) -> BackendName:
+    """A cache that is there keeps its own."""
+    return read_identity(shards).backend if (shards / IDENTITY_FILE).is_file() else "webdataset"
 
 
 def _fps(wanted: str, variant: Variant) -> float | None:

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from cogcache.cache import files
+from cogcache.cache.backend import backend_of
 from cogcache.cache.format import (
+    IDENTITY_FILE,
     LATENTS,
     TEXT,
+    BackendName,
     Entry,
     FailureRecord,
     Identity,
@@ -22,6 +25,7 @@ from cogcache.cache.format import (
     SampleRecord,
     digest,
 )
+from cogcache.cache.identity import read_identity
 from cogcache.cache.writer import CacheWriter
 from cogcache.variants import Variant
 
@@ -47,15 +51,42 @@ VARIANT = Variant(
     snr_shift_scale=1.0,
     num_train_timesteps=1000,
 )
+BACKEND: BackendName = "webdataset"
+"""How new caches are stored; the fixture ``backend`` sets it. A cache that is there keeps its own."""
 CLIPS = 5
 CLIPS_PER_SHARD = 3
 BAD = 1
 """The clip that always fails."""
 
 
-def identity(**series: dict[str, Any]) -> Identity:
+def backend_for(root: Path) -> BackendName:
+    """Also right in processes of their own, which know nothing of fixtures."""
+    path = root / IDENTITY_FILE
+    return read_identity(root).backend if path.exists() else BACKEND
+
+
+def begin(root: Path) -> Path:
+    """Let processes of their own know the backend under test, from the cache itself."""
+    if BACKEND != "webdataset":
+        CacheWriter.open(root, identity())
+    return root
+
+
+def identity(root: Path | None = None, **series: dict[str, Any]) -> Identity:
+    backend = backend_for(root) if root else BACKEND
     known = {LATENTS: {"size": "32x32", "dtype": "float32"}, TEXT: {"length": 8}}
-    return Identity(model=ModelRecord(id="model", variant=VARIANT), series={**known, **series})
+    model = ModelRecord(id="model", variant=VARIANT)
+    return Identity(backend=backend, model=model, series={**known, **series})
+
+
+def data_file(root: Path, shard: str) -> Path:
+    """The data file of a shard of this cache, whatever its backend."""
+    return root / shard.partition("-")[0] / backend_of(backend_for(root)).data_file(shard)
+
+
+def data_files(root: Path) -> list[Path]:
+    """The data files of all committed shards of this cache."""
+    return sorted(data_file(root, path.name.partition(".")[0]) for path in root.glob("*/*.index.jsonl"))
 
 
 def latent_key(clip: int) -> str:
@@ -67,9 +98,10 @@ def text_key(caption: int) -> str:
 
 
 def entry(key: str, name: str = "moments") -> Entry:
-    """An entry whose tensors and facts follow from its key; sizes differ."""
+    """An entry whose tensors and facts follow from its key; sizes differ where they may."""
     generator = torch.Generator().manual_seed(int(key[:8], 16))
-    tensor = torch.randn((2, 3 + int(key[0], 16)), generator=generator)
+    shape = (2, 3 + int(key[0], 16)) if BACKEND != "zarr" else (2, 9) if key in TEXT_KEYS else (2, 3, 1, 4)
+    tensor = torch.randn(shape, generator=generator)
     return Entry(key, {name: tensor.to(torch.bfloat16)}, {"source": f"clip {key[:4]}", "times": [0.0, 0.125]})
 
 
@@ -111,7 +143,9 @@ def fill(
 
 def encode(root: Path, done: Callable[[str], object] = str) -> Manifest | None:
     """A whole run; None if other processes are not finished yet."""
-    writer = CacheWriter.open(root, identity())
+    global BACKEND
+    BACKEND = backend_for(root)  # a process of its own does not know it
+    writer = CacheWriter.open(root, identity(root))
     writer.plan(LATENTS, LATENT_KEYS, CLIPS_PER_SHARD)
     writer.plan(TEXT, TEXT_KEYS, 100)
     fill(writer, LATENTS, LATENT_KEYS, done)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+import cache_kit
 import pytest
 import verify_kit
 from cache_kit import FakeOs, encode, install, snapshot
+
+from cogcache.cache.format import BackendName
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +30,25 @@ def fast_disk(monkeypatch: pytest.MonkeyPatch) -> FakeOs:
     return install(FakeOs(), monkeypatch)
 
 
+@pytest.fixture(scope="session", params=["webdataset", "zarr"])
+def backend(request: pytest.FixtureRequest) -> Iterator[BackendName]:
+    """Each backend in turn; the kits make caches of it meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_kit, "BACKEND", request.param)
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _backend_of_this_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that do not ask for ``backend`` are about tar shards, or about what is the same for all."""
+    name = request.getfixturevalue("backend") if "backend" in request.fixturenames else "webdataset"
+    monkeypatch.setattr(cache_kit, "BACKEND", name)
+
+
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, backend: BackendName) -> Path:
     """A finished cache that nothing disturbed. Read only: copy it before changing it."""
+    assert backend
     root = tmp_path_factory.mktemp("undisturbed") / "cache"
     assert encode(root) is not None
     return root
@@ -41,8 +61,9 @@ def expected(undisturbed: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, backend: BackendName) -> Path:
     """A finished cache. Read only."""
+    assert backend
     root = tmp_path_factory.mktemp("finished") / "cache"
     verify_kit.encode(root)
     return root

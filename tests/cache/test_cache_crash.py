@@ -22,6 +22,8 @@ from cache_kit import (
     Crash,
     FakeOs,
     PowerOs,
+    begin,
+    data_file,
     encode,
     encode_until_idle,
     entry,
@@ -50,7 +52,7 @@ def _quick_collection() -> Iterator[None]:
 
 
 def durable(root: Path) -> set[str]:
-    writer = CacheWriter.open(root, identity())
+    writer = CacheWriter.open(root, identity(root))
     return writer.committed(LATENTS) | writer.committed(TEXT)
 
 
@@ -58,7 +60,7 @@ def test_killed_at_random(processes: ForkServerContext, tmp_path: Path, expected
     chance = random.Random(0)
     kills, caches, usual = 0, 0, 0.0
     while kills < KILLS or caches < 2:
-        root, killed, told = tmp_path / str(caches), True, set[str]()
+        root, killed, told = begin(tmp_path / str(caches)), True, set[str]()
         while killed:
             run = Run(processes, encode, root)
             if usual:
@@ -76,9 +78,10 @@ def test_killed_at_random(processes: ForkServerContext, tmp_path: Path, expected
 def test_several_processes_fill_one_cache(
     processes: ForkServerContext, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    workers = [Run(processes, encode_until_idle, tmp_path / "cache") for _ in range(3)]
+    root = begin(tmp_path / "cache")
+    workers = [Run(processes, encode_until_idle, root) for _ in range(3)]
     assert not any(worker.join().killed for worker in workers)
-    assert snapshot(tmp_path / "cache") == expected
+    assert snapshot(root) == expected
 
 
 def all_steps(monkeypatch: pytest.MonkeyPatch, root: Path) -> int:
@@ -140,7 +143,7 @@ def test_a_kill_while_a_finished_cache_grows_keeps_it_readable(
             install(FakeOs(stop_at=step), patch)
             writer, through = None, False
             try:
-                writer = CacheWriter.open(root, identity())
+                writer = CacheWriter.open(root, identity(root))
                 writer.commit([], [], TEXT_KEYS[0])
                 through = True
             except Crash:
@@ -173,13 +176,14 @@ def test_a_power_cut_takes_nothing_that_counts(
         encode(tmp_path / "deep" / "cache", done)
         assert not power.dirty
     assert len(told) == len(set(told)) == len(LATENT_KEYS) - 1 + len(TEXT_KEYS)
-    assert {"latents-00000.tar", "latents-00000.index.jsonl", "manifest.json"} <= set(power.log)
+    data = data_file(tmp_path / "deep" / "cache", "latents-00000").name
+    assert {data, "latents-00000.index.jsonl", "manifest.json"} <= set(power.log)
     assert snapshot(tmp_path / "deep" / "cache") == expected
 
 
 def part_written(root: Path) -> None:
     """A cache with one unfinished shard of three entries, two of them durable."""
-    writer = CacheWriter.open(root, identity())
+    writer = CacheWriter.open(root, identity(root))
     writer.plan(LATENTS, LATENT_KEYS, CLIPS_PER_SHARD)
     for job in writer.jobs(LATENTS, LATENT_KEYS):
         job.append(entry(LATENT_KEYS[0]))
@@ -200,18 +204,19 @@ def glue(data: bytes, place: int) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, glue])
-@pytest.mark.parametrize(("suffix", "stride"), [("tar.part", 61), ("index.part", 7)])
+@pytest.mark.parametrize(("part", "stride"), [("data", 61), ("index", 7)])
 @pytest.mark.usefixtures("fast_disk")
 def test_torn_part_files(
     damage: Callable[[bytes, int], bytes],
-    suffix: str,
+    part: str,
     stride: int,
     tmp_path: Path,
     expected: dict[str, bytes],
 ) -> None:
     start = tmp_path / "start"
     part_written(start)
-    name = f"latents/latents-00000.{suffix}"
+    data = data_file(start, "latents-00000").relative_to(start)
+    name = "latents/latents-00000.index.part" if part == "index" else f"{data}.part"
     whole = (start / name).read_bytes()
     blocks = {block + near for block in range(512, len(whole), 512) for near in (-1, 0)}
     for place in sorted({*range(0, len(whole), stride), *blocks, len(whole) - 1}):
@@ -223,7 +228,7 @@ def test_torn_part_files(
 
 
 def _over_the_limit(root: Path, pipe: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
     pipe.send(_error_of(lambda: encode(root)))
 
 
@@ -253,9 +258,10 @@ def test_real_refusals_of_the_system(
     expected: dict[str, bytes],
 ) -> None:
     root = tmp_path / "cache"
-    tmp_path.chmod(0o555)
     if body is _over_the_limit:
-        tmp_path.chmod(0o755)
+        begin(root)
+    else:
+        tmp_path.chmod(0o555)
     receive, send = processes.Pipe(duplex=False)
     process = processes.Process(target=body, args=(root, send))
     process.start()
@@ -274,4 +280,4 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file" / "cache"):
         with pytest.raises(StorageError, match="a file"):
-            CacheWriter.open(root, identity())
+            CacheWriter.open(root, identity(root))

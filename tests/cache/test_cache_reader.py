@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import pickle
+import re
 import shutil
 import struct
 import tarfile
@@ -21,7 +22,18 @@ from pathlib import Path
 import pytest
 import torch
 import webdataset
-from cache_kit import CLIPS, LATENT_KEYS, TEXT_KEYS, VARIANT, entry, identity, latent_key, sample
+from cache_kit import (
+    CLIPS,
+    LATENT_KEYS,
+    TEXT_KEYS,
+    VARIANT,
+    data_file,
+    encode,
+    entry,
+    identity,
+    latent_key,
+    sample,
+)
 from safetensors.torch import load
 
 from cogcache.cache.format import LATENTS, TEXT, Entry, EntryRecord, Manifest, canonical_json
@@ -140,7 +152,8 @@ def test_processes(method: str, undisturbed: Path) -> None:
     assert read_some(pickle.loads(pickle.dumps(reader))) == expected
 
 
-def test_a_plain_webdataset_reads_the_shards(undisturbed: Path) -> None:
+def test_a_plain_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    encode(undisturbed := tmp_path / "cache")
     shards = sorted(str(path) for path in (undisturbed / LATENTS).glob("*.tar"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves closing to the collector
@@ -153,7 +166,8 @@ def test_a_plain_webdataset_reads_the_shards(undisturbed: Path) -> None:
         assert json.loads(found["json"]) == expected.facts
 
 
-def test_a_shard_says_what_it_is(undisturbed: Path) -> None:
+def test_a_shard_says_what_it_is(tmp_path: Path) -> None:
+    encode(undisturbed := tmp_path / "cache")
     with tarfile.open(undisturbed / LATENTS / "latents-00000.tar") as shard:
         member = shard.extractfile(shard.getmembers()[0])
         assert member is not None
@@ -190,9 +204,9 @@ def test_every_bit_beside_the_shards_counts(name: str, cache: Path) -> None:
 
 
 def test_every_bit_of_a_shard_counts(cache: Path) -> None:
-    path = cache / LATENTS / "latents-00000.tar"
+    path = data_file(cache, "latents-00000")
     whole = path.read_bytes()
-    index = parse_index(path.with_suffix(".index.jsonl").read_bytes())
+    index = parse_index((cache / LATENTS / "latents-00000.index.jsonl").read_bytes())
     spans = [(offset, offset + size) for members in index.entries.values() for _, offset, size, _ in members]
     seen = 0
     for place in range(0, len(whole), 7):
@@ -217,16 +231,17 @@ def test_every_bit_of_a_shard_counts(cache: Path) -> None:
     ],
 )
 def test_missing_and_cut_shards(damage: Callable[[Path], object], cache: Path) -> None:
-    damage(cache / LATENTS / "latents-00001.tar")
-    with pytest.raises(DamagedCacheError, match=r"latents-00001\.tar") as caught:
+    path = data_file(cache, "latents-00001")
+    damage(path)
+    with pytest.raises(DamagedCacheError, match=re.escape(path.name)) as caught:
         CacheReader(cache)
     assert "run encode again" in caught.value.hint
 
 
 def test_a_shard_cut_while_it_is_open(cache: Path) -> None:
     reader = CacheReader(cache)
-    path = cache / LATENTS / "latents-00001.tar"
-    path.write_bytes(path.read_bytes()[:2000])
+    path = data_file(cache, "latents-00001")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 4])
     with pytest.raises(DamagedCacheError):
         reader.read(LATENTS, LATENT_KEYS[4])
     path.unlink()
@@ -277,14 +292,14 @@ def test_forged_manifests(change: Callable[[dict[str, object]], object], message
 
 def forge(root: Path, change: Callable[[bytearray, list[EntryRecord]], object]) -> None:
     """Rewrite the text shard with every hash right, as someone would who wants to harm the reader."""
-    path = root / TEXT / "text-00000.tar"
-    lines = path.with_suffix(".index.jsonl").read_text().splitlines()[:-1]
+    path, listed = data_file(root, "text-00000"), root / TEXT / "text-00000.index.jsonl"
+    lines = listed.read_text().splitlines()[:-1]
     records = [EntryRecord.model_validate_json(line) for line in lines]
     data = bytearray(path.read_bytes())
     change(data, records)
     path.write_bytes(data)
     index = build_index(records, len(data), hashlib.sha256(data).hexdigest())
-    path.with_suffix(".index.jsonl").write_bytes(index)
+    listed.write_bytes(index)
     try:
         record = parse_index(index).record("text-00000").model_dump(mode="json")
     except ValueError:
@@ -349,7 +364,7 @@ def test_forging_itself_is_sound(cache: Path) -> None:
 
 
 def open_both_ways(root: Path) -> None:
-    CacheWriter.open(root, identity()).plan(LATENTS, LATENT_KEYS, 3)
+    CacheWriter.open(root, identity(root)).plan(LATENTS, LATENT_KEYS, 3)
     CacheReader(root)
 
 

@@ -13,6 +13,8 @@ from cache_kit import (
     CLIPS,
     LATENT_KEYS,
     TEXT_KEYS,
+    data_file,
+    data_files,
     encode,
     entry,
     fill,
@@ -32,6 +34,8 @@ from cogcache.errors import CacheError, DamagedCacheError, MismatchError
 
 pytestmark = pytest.mark.usefixtures("fast_disk")
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 @pytest.fixture
 def writer(tmp_path: Path) -> CacheWriter:
@@ -39,7 +43,11 @@ def writer(tmp_path: Path) -> CacheWriter:
 
 
 def shards(writer: CacheWriter, series: str) -> list[str]:
-    return sorted(path.name for path in (writer.root / series).glob("*.tar"))
+    return [
+        path.relative_to(writer.root).as_posix()
+        for path in data_files(writer.root)
+        if path.is_relative_to(writer.root / series)
+    ]
 
 
 def test_every_changed_setting_is_listed(tmp_path: Path) -> None:
@@ -232,7 +240,7 @@ def test_planning_beside_a_process_that_goes_on_appending(
     todo = list(job.remaining)
 
     def durable(self: SeriesFolder, name: str) -> list[str]:
-        found = durable_keys(self.path, name, f"{name}.tar")
+        found = durable_keys(self.path, name, self.data(name).relative_to(self.path).as_posix())
         job.append(entry(todo.pop(0)))
         return found
 
@@ -248,7 +256,9 @@ def test_planned_keys_that_nobody_wants_any_more_are_left_out(writer: CacheWrite
     assert [job.remaining for job in writer.jobs(LATENTS, wanted)] == [(LATENT_KEYS[0], LATENT_KEYS[2])]
     fill(writer, LATENTS, wanted)
     assert writer.committed(LATENTS) == wanted
-    assert shards(writer, LATENTS) == ["latents-00000.tar"]
+    assert shards(writer, LATENTS) == [
+        data_file(writer.root, "latents-00000").relative_to(writer.root).as_posix()
+    ]
 
 
 def test_a_whole_shard_that_was_never_finished_is_offered_for_that(writer: CacheWriter) -> None:
@@ -344,26 +354,30 @@ def test_a_cache_grows_and_old_shards_stay(tmp_path: Path) -> None:
     assert old.read(LATENTS, latent_key(2)).facts == entry(latent_key(2)).facts
     after = snapshot(tmp_path)
     assert {name for name in after if name.startswith("latents") and name not in before} == {
-        "latents/latents-00002.tar",
+        data_file(tmp_path, "latents-00002").relative_to(tmp_path).as_posix(),
         "latents/latents-00002.index.jsonl",
     }
-    assert all(after[name] == data for name, data in before.items() if name.startswith(("latents", "text")))
+    shards = [
+        name for name in before if name.startswith(("latents", "text")) and name != "latents/all/zarr.json"
+    ]
+    assert all(after[name] == before[name] for name in shards)
 
 
 def test_a_deleted_shard_is_made_anew(tmp_path: Path) -> None:
     ready(tmp_path)
-    for path in (tmp_path / LATENTS).glob("latents-00000.*"):
-        path.unlink()
+    data_file(tmp_path, "latents-00000").unlink()
+    (tmp_path / LATENTS / "latents-00000.index.jsonl").unlink()
     with pytest.raises(DamagedCacheError, match="latents-00000"):
         CacheReader(tmp_path)
     encode(tmp_path)
     assert CacheReader(tmp_path).read(LATENTS, LATENT_KEYS[0]).facts == entry(LATENT_KEYS[0]).facts
 
 
-@pytest.mark.parametrize("suffix", ["tar", "index.jsonl"])
-def test_a_damaged_shard_is_never_built_upon(suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["data", "index"])
+def test_a_damaged_shard_is_never_built_upon(part: str, tmp_path: Path) -> None:
     writer = ready(tmp_path)
-    path = tmp_path / LATENTS / f"latents-00000.{suffix}"
+    index = tmp_path / LATENTS / "latents-00000.index.jsonl"
+    path = index if part == "index" else data_file(tmp_path, "latents-00000")
     path.write_bytes(path.read_bytes()[:-1])
     again = CacheWriter.open(tmp_path, identity())
     with pytest.raises(DamagedCacheError, match="latents-00000") as caught:
@@ -401,7 +415,7 @@ def test_what_is_not_json_never_reaches_a_shard(writer: CacheWriter) -> None:
     writer.plan(LATENTS, LATENT_KEYS, 3)
     for job in writer.jobs(LATENTS, LATENT_KEYS):
         with pytest.raises(ValueError, match="JSON"):
-            job.append(Entry(LATENT_KEYS[0], {}, {"fps": float("nan")}))
+            job.append(Entry(LATENT_KEYS[0], entry(LATENT_KEYS[0]).tensors, {"fps": float("nan")}))
         break
     assert writer.committed(LATENTS) == set()
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import verify_kit
-from cache_kit import FakeOs, snapshot
-from verify_kit import CLIPS, IDENTITY, encode, flip, latent_key, make_entry, text_key
+from cache_kit import FakeOs, data_file, data_files, snapshot
+from verify_kit import CLIPS, encode, flip, flip_tensor, identity, latent_key, make_entry, text_key
 
 from cogcache.cache.check import check_cache
-from cogcache.cache.format import LATENTS, TEXT, Entry
+from cogcache.cache.format import LATENTS, TEXT, BackendName, Entry
 from cogcache.cache.reader import CacheReader
 from cogcache.cache.writer import CacheWriter
 from cogcache.cli import run
@@ -30,25 +30,21 @@ def test_whole_cache_is_whole_and_untouched(root: Path) -> None:
     assert report.counts["entries"] == len(CacheReader(root).keys(LATENTS)) + len(
         CacheReader(root).keys(TEXT)
     )
-    assert sum(read) == report.counts["bytes"] == sum(path.stat().st_size for path in root.rglob("*.tar"))
+    assert sum(read) == report.counts["bytes"] == sum(path.stat().st_size for path in data_files(root))
     assert snapshot(root) == before
     assert [path.stat().st_mtime_ns for path in sorted(root.rglob("*"))] == times
 
 
 def test_damaged_member_is_named_with_its_clip(root: Path) -> None:
-    shard = root / "latents" / "latents-9x32x48-00001.tar"
-    where = shard.read_bytes().index(latent_key(3).encode())
-    flip(shard, where + 512 + 300)
+    flip_tensor(root, LATENTS, latent_key(3))
     (damage,) = check_cache(root).report.damages
-    assert (damage.file, damage.shard) == ("latents/latents-9x32x48-00001.tar", "latents-9x32x48-00001")
+    file = data_file(root, "latents-9x32x48-00001").relative_to(root).as_posix()
+    assert (damage.file, damage.shard) == (file, "latents-9x32x48-00001")
     assert (damage.key, damage.clips) == (latent_key(3), ("3.mp4",))
 
 
 def test_damaged_caption_is_of_every_clip_that_has_it(root: Path) -> None:
-    for shard in (root / "text").glob("*.tar"):
-        where = shard.read_bytes().find(text_key("caption 1").encode())
-        if where >= 0:
-            flip(shard, where + 512 + 300)
+    flip_tensor(root, TEXT, text_key("caption 1"))
     (damage,) = check_cache(root).report.damages
     assert sorted(damage.clips) == ["2.mp4", "3.mp4"]
 
@@ -61,16 +57,21 @@ def test_lost_file_is_named(root: Path, name: str) -> None:
     assert name in [damage.file for damage in check_cache(root).report.damages]
 
 
-@pytest.mark.parametrize("suffix", ["tar", "index.jsonl"])
-def test_lost_shard_file_is_named(root: Path, suffix: str) -> None:
-    (root / "latents" / f"latents-9x32x48-00001.{suffix}").unlink()
+@pytest.mark.parametrize("part", ["data", "index"])
+def test_lost_shard_file_is_named(root: Path, part: str) -> None:
+    path = (
+        root / "latents" / "latents-9x32x48-00001.index.jsonl"
+        if part == "index"
+        else data_file(root, "latents-9x32x48-00001")
+    )
+    path.unlink()
     damages = check_cache(root).report.damages
-    assert [damage.file for damage in damages] == [f"latents/latents-9x32x48-00001.{suffix}"]
+    assert [damage.file for damage in damages] == [path.relative_to(root).as_posix()]
 
 
 def test_shard_of_another_size(root: Path) -> None:
     for change in (-1, 1, 5000):
-        shard = root / "latents" / "latents-9x32x48-00001.tar"
+        shard = data_file(root, "latents-9x32x48-00001")
         data = shard.read_bytes()
         shard.write_bytes(data[:change] if change < 0 else data + bytes(change))
         assert check_cache(root).report.damages
@@ -78,8 +79,9 @@ def test_shard_of_another_size(root: Path) -> None:
     assert check_cache(root).report.whole
 
 
-def test_values_that_are_not_finite(tmp_path: Path, fast_disk: FakeOs) -> None:
+def test_values_that_are_not_finite(tmp_path: Path, fast_disk: FakeOs, backend: BackendName) -> None:
     assert fast_disk
+    assert backend
     encode(tmp_path / "cache", damaged=[latent_key(2)])
     CacheReader(tmp_path / "cache").read(LATENTS, latent_key(2))  # its checksums are right
     (damage,) = check_cache(tmp_path / "cache").report.damages
@@ -118,7 +120,7 @@ def test_entry_of_another_form(
 def test_strangers_and_unfinished_shards_are_no_damage(root: Path) -> None:
     (root / "notes.txt").write_text("mine")
     (root / "samples.jsonl.next").write_text("waiting")
-    writer = CacheWriter.open(root, IDENTITY)
+    writer = CacheWriter.open(root, identity())
     writer.plan(TEXT, ["ab" * 16], 1)
     report = check_cache(root).report
     assert report.whole
@@ -135,11 +137,12 @@ def test_not_a_cache(tmp_path: Path) -> None:
 def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(root)]) == 0
     assert capsys.readouterr().out.endswith("MB read.\n")
-    shard = root / "latents" / "latents-9x32x48-00001.tar"
-    flip(shard, shard.read_bytes().index(latent_key(3).encode()) + 512 + 300)
+    flip_tensor(root, LATENTS, latent_key(3))
     assert run(["verify", str(root)]) == 5
     told = capsys.readouterr()
-    assert "damaged  latents/latents-9x32x48-00001.tar: a member is cut" in told.out
+    assert (
+        f"damaged  {data_file(root, 'latents-9x32x48-00001').relative_to(root)}: a member is cut" in told.out
+    )
     assert f"(entry {latent_key(3)}) [3.mp4]" in told.out
     assert "1 damage, listed above" in told.err
     assert "--repair" in told.err
@@ -160,7 +163,8 @@ def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def flips(root: Path, count: int, seed: int) -> None:
     """Every single-bit flip in any file that the specification names is found."""
-    files = sorted(path for path in root.rglob("*") if path.suffix in (".tar", ".json", ".jsonl"))
+    named = [path for path in root.rglob("*") if path.suffix in (".json", ".jsonl")]
+    files = sorted([*named, *data_files(root)])
     assert {path.name for path in files} > {"cache.json", "manifest.json", "journal.jsonl", "samples.jsonl"}
     dice = random.Random(seed)
     for number in range(count):

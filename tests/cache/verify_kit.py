@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import cache_kit
 import torch
 from cache_kit import VARIANT
 
@@ -22,6 +23,7 @@ from cogcache.cache.format import (
     ValidationRecord,
     digest,
 )
+from cogcache.cache.index import parse_index
 from cogcache.cache.writer import CacheWriter
 
 CLIPS = 6
@@ -35,9 +37,14 @@ IDENTITY = Identity(
     series={LATENTS: LATENT_PRINT, TEXT: TEXT_PRINT},
     buckets=(BUCKET,),
 )
+"""As tar shards; :func:`identity` is for the backend under test."""
 SHAPES = {LATENTS: (8, 3, 4, 6), TEXT: (8, 8), IMAGES: (4, 1, 4, 6)}
 NAMES = {LATENTS: "moments", TEXT: "prompt_embeds", IMAGES: "latents"}
 DTYPES = {LATENTS: torch.bfloat16, TEXT: torch.float32, IMAGES: torch.bfloat16}
+
+
+def identity() -> Identity:
+    return IDENTITY.model_copy(update={"backend": cache_kit.BACKEND})
 
 
 def caption(clip: int) -> str:
@@ -131,7 +138,7 @@ def fill(
 def encode(root: Path, damaged: Collection[str] = ()) -> list[str]:
     """A whole run of encode; gives the keys that it had to make. ``damaged``: keys to write with a wrong value."""
     made: list[str] = []
-    writer = CacheWriter.open(root, IDENTITY)
+    writer = CacheWriter.open(root, identity())
     for series, per_shard in ((LATENTS, 2), (TEXT, 3)):
         fill(writer, series, facts_by_key()[series], per_shard, made.append, damaged=damaged)
     lost = FailureRecord(id="lost", source="lost.mp4", window="start", reason="cannot be decoded")
@@ -142,6 +149,21 @@ def encode(root: Path, damaged: Collection[str] = ()) -> list[str]:
     prompts = [ValidationRecord(prompt="a prompt", text=text_key("a prompt"))]
     writer.commit([sample(clip) for clip in range(CLIPS)], [lost], text_key(""), prompts)
     return made
+
+
+def tensor_at(root: Path, series: str, key: str) -> tuple[Path, int]:
+    """The data file that holds an entry, and where the bytes of its tensors begin."""
+    for index in (root / series).glob("*.index.jsonl"):
+        for found, members in parse_index(index.read_bytes()).entries.items():
+            if found == key:
+                return cache_kit.data_file(root, index.name.partition(".")[0]), members[0][1]
+    raise KeyError(key)
+
+
+def flip_tensor(root: Path, series: str, key: str) -> None:
+    """Change one bit of the tensors of an entry."""
+    path, start = tensor_at(root, series, key)
+    flip(path, start + 120)
 
 
 def flip(path: Path, byte: int, bit: int = 0) -> None:
