@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,9 @@ from cogcache.errors import ConfigError, StorageError
 __all__ = ["load_config", "read_yaml", "save_config"]
 
 Config = TypeVar("Config", bound=BaseModel)
+
+_shown = reprlib.Repr()
+_shown.maxlevel, _shown.maxstring, _shown.maxother, _shown.maxlong = 3, 200, 200, 40
 
 
 def load_config(kind: type[Config], flags: Mapping[str, Any], file: Path | None = None) -> Config:
@@ -44,6 +48,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except (
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+    ) as error:  # PyYAML's, over wrong tagged values
+        raise ConfigError(f"{path} is not YAML: {type(error).__name__}: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -94,7 +105,7 @@ def _explain_one(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
         return f"unknown setting {name!r}{_nearest(kind, name)}"
     if problem["type"] == "missing":
         return f"--{name.replace('_', '-')} is needed: {kind.model_fields[name].description}"
-    return f"--{name.replace('_', '-')} {problem['input']!r}: {message}"
+    return f"--{name.replace('_', '-')} {_shown.repr(problem['input'])}: {message}"
 
 
 def _nearest(kind: type[BaseModel], name: str) -> str:

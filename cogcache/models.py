@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cogcache.errors import ConfigError, ModelError
+from cogcache.variants import read_config
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Component", "loading", "pick_device", "resolve_model", "torch_dtype"]
+__all__ = ["Component", "check_model_index", "loading", "pick_device", "resolve_model", "torch_dtype"]
 
 Component = Literal["vae", "text_encoder", "tokenizer", "transformer", "scheduler"]
 
 # Always brought along: the facts of a checkpoint are read from all of its configs, which are tiny.
 _CONFIGS = ("model_index.json", "*/*.json")
+_LIBRARIES = (["diffusers"], ["transformers"], [None])  # None: a part that is left out
 _WEIGHTS: dict[str, tuple[str, ...]] = {
     "vae": ("vae/*.safetensors",),
     "text_encoder": ("text_encoder/*.safetensors",),
-    "tokenizer": ("tokenizer/*",),
+    "tokenizer": ("tokenizer/*.model", "tokenizer/*.txt"),  # no code
     "transformer": ("transformer/*.safetensors",),
     "scheduler": (),
 }
@@ -71,6 +73,25 @@ def _download(model: str, components: Sequence[Component]) -> Path:
             f"{model!r} is no local folder and could not be fetched from the hub: {reason}",
             "Check the spelling and the network, or give a local folder.",
         ) from None
+
+
+def check_model_index(root: Path) -> None:
+    """Refuse a checkpoint whose ``model_index.json`` names any class but those of the two model libraries.
+
+    A pipeline or a part may be named as ``[module, class]`` of a Python file in the checkpoint. diffusers asks before
+    it runs such a file, but not in all versions and not in all places.
+
+    Raises:
+        ModelError: naming the part.
+    """
+    index = read_config(root, "model_index.json")
+    parts = {name: value for name, value in index.items() if isinstance(value, (list, dict))}
+    for name, value in parts.items():
+        if name.startswith("_") or not isinstance(value, list) or value[:1] not in _LIBRARIES:
+            raise ModelError(
+                f"model_index.json in {root} wants code of its own for {name}: {value!r:.80}.",
+                "Code in a checkpoint is never run. Take a checkpoint in the layout of diffusers' CogVideoX.",
+            )
 
 
 @contextmanager

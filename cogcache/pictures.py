@@ -18,6 +18,9 @@ __all__ = ["Interpolation", "fit_frame", "load_picture"]
 
 Interpolation = Literal["bicubic", "bilinear"]
 
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000")
+"""Pillow knows more; for one of them (EPS) it starts another program."""
+
 
 def load_picture(
     path: Path, size: Size, fit: FitMode = "cover", interpolation: Interpolation = "bicubic"
@@ -28,15 +31,16 @@ def load_picture(
         VideoError: with the reason (without the file's name), if it cannot be read.
     """
     import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        Image.init()
+        with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I;16"):  # Pillow's own conversion cuts 16 bits off at 255
                 upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
             upright = upright.convert("RGB")
-    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise many kinds over damaged files; all mean the same
         raise VideoError(f"the image cannot be read: {error}") from None
     pixels = torch.from_numpy(np.asarray(upright).copy())
     return fit_frame(pixels, plan_fit(Size(upright.height, upright.width), size, fit), interpolation)

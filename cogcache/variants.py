@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from cogcache.errors import GeometryError, ModelError
 from cogcache.geometry import Size, check_frames, check_size, latent_frames
@@ -32,28 +32,28 @@ class Variant(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # transformer
-    in_channels: int
-    latent_channels: int
-    num_layers: int
-    num_attention_heads: int
-    attention_head_dim: int
-    patch_size: int
-    patch_size_t: int | None
+    in_channels: PositiveInt
+    latent_channels: PositiveInt
+    num_layers: NonNegativeInt
+    num_attention_heads: PositiveInt
+    attention_head_dim: PositiveInt
+    patch_size: PositiveInt
+    patch_size_t: PositiveInt | None
     positions: Positions
     ofs: bool
-    sample_frames: int
-    sample_height: int
-    sample_width: int
-    text_length: int
-    text_dim: int
+    sample_frames: PositiveInt
+    sample_height: PositiveInt
+    sample_width: PositiveInt
+    text_length: PositiveInt
+    text_dim: PositiveInt
     # VAE
-    spatial_factor: int
-    temporal_factor: int
+    spatial_factor: PositiveInt
+    temporal_factor: PositiveInt
     scaling_factor: float
     invert_scale_latents: bool
     # scheduler
     snr_shift_scale: float
-    num_train_timesteps: int
+    num_train_timesteps: PositiveInt
 
     @property
     def task(self) -> Task:
@@ -151,7 +151,7 @@ def read_config(root: Path, name: str) -> dict[str, Any]:
         raise ModelError(
             f"{root} has no {name}.", "A CogVideoX checkpoint in diffusers layout is needed."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object.")
@@ -173,7 +173,7 @@ def read_variant(root: Path, transformer_root: Path | None = None) -> Variant:
     _check_classes(root, transformer, vae, scheduler)
     try:
         return Variant(**_transformer_facts(transformer), **_vae_facts(vae), **_scheduler_facts(scheduler))
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{root} has an incomplete CogVideoX config: {error}") from None
 
 
@@ -248,7 +248,7 @@ def weights_dtype(folder: Path) -> str:
                 raise ValueError("header longer than the file")
             header = json.loads(stream.read(size))
         found = {_DTYPES.get(v["dtype"]) for k, v in header.items() if k != "__metadata__"} - {None}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{files[0]} is not a safetensors file: {error}") from None
     if not found:
         raise ModelError(f"{files[0]} holds no floating tensors.")

@@ -50,7 +50,9 @@ def test_only_what_is_needed_is_downloaded(
     assert resolve_model("someone/model", ["vae", "text_encoder", "tokenizer"]) == tiny_models("5b")
     ((name, patterns),) = asked
     assert name == "someone/model"
-    assert {"vae/*.safetensors", "text_encoder/*.safetensors", "tokenizer/*", "*/*.json"} <= set(patterns)
+    assert {"vae/*.safetensors", "text_encoder/*.safetensors", "tokenizer/*.model", "*/*.json"} <= set(
+        patterns
+    )
     assert not [p for p in patterns if p.startswith("transformer/") or p.endswith((".bin", ".py", "*/*"))]
 
 

@@ -29,6 +29,7 @@ from cogcache.cache.index import ShardIndex, check_key, parse_index
 from cogcache.cache.journal import Journal
 from cogcache.cache.lines import load_sealed
 from cogcache.cache.names import is_shard, parse_shard
+from cogcache.cache.regular import read_regular
 from cogcache.cache.shard_check import ShardFinding, examine
 from cogcache.cache.survey import Survey, survey
 
@@ -132,7 +133,7 @@ def _side_files(seen: Survey, findings: list[ShardFinding], report: Report) -> N
     for name, data in seen.backend.side_files(seen.root, seen.identity, shards).items():
         path = seen.root / name
         seen.side_files.add(name)
-        if path.parent not in filled and not (path.is_file() and path.read_bytes() == data):
+        if path.parent not in filled and not (path.is_file() and read_regular(path) == data):
             report.damages.append(Damage(name, "it is missing or changed"))
 
 
@@ -201,7 +202,7 @@ def _plans(root: Path, report: Report) -> None:
     for path in sorted(root.glob("*/*.plan.json")):
         name = path.name.removesuffix(".plan.json")
         try:
-            value = load_sealed(path.read_bytes())
+            value = load_sealed(read_regular(path))
             if value["shard"] != name or not isinstance(value["keys"], list):
                 raise ValueError("it is the plan of another shard")
             for key in value["keys"]:

@@ -19,6 +19,7 @@ from cogcache.cache.format import Identity, ZarrCompression
 from cogcache.cache.index import ShardIndex, check_key, parse_index
 from cogcache.cache.lines import dump_sealed, load_sealed
 from cogcache.cache.names import ShardName, check_series, parse_shard
+from cogcache.cache.regular import read_regular
 from cogcache.cache.shard import ShardWriter, durable_keys
 from cogcache.cache.stored import head_facts
 from cogcache.errors import DamagedCacheError
@@ -67,7 +68,7 @@ class SeriesFolder:
         if name not in self._known:
             path, data = self.path / f"{name}.index.jsonl", self.data(name)
             try:
-                index = parse_index(path.read_bytes())
+                index = parse_index(read_regular(path))
                 if not data.is_file() or data.stat().st_size != index.bytes:
                     raise ValueError(f"{data.name} is missing or its size has changed")
             except (OSError, ValueError) as error:
@@ -91,7 +92,7 @@ class SeriesFolder:
         """Keys, and most entries that a shard of the group may hold, 0 where any number may be."""
         path = self.path / f"{name}.plan.json"
         try:
-            value = load_sealed(path.read_bytes())
+            value = load_sealed(read_regular(path))
             if value["shard"] != name or not isinstance(value["keys"], list):
                 raise ValueError("it is the plan of another shard")
             keys, slots = tuple(check_key(key) for key in value["keys"]), value.get("slots", 0)

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cogcache.errors import GeometryError
 from cogcache.geometry import Bucket, parse_bucket
@@ -136,9 +136,9 @@ class MemberRecord(Record):
     """One member of an entry: ``offset`` and ``size`` in bytes of its data within the shard file."""
 
     name: str
-    offset: int
-    size: int
-    crc32: int
+    offset: int = Field(ge=0)
+    size: int = Field(ge=0)
+    crc32: int = Field(ge=0)
 
 
 class EntryRecord(Record):

@@ -18,6 +18,7 @@ from cogcache.cache.format import (
     sort_buckets,
 )
 from cogcache.cache.lines import dump_sealed, load_sealed
+from cogcache.cache.regular import read_regular
 from cogcache.errors import CacheError, DamagedCacheError, MismatchError
 from cogcache.location import Location
 
@@ -62,7 +63,7 @@ def read_identity(root: Path) -> Identity:
     """
     path = root / IDENTITY_FILE
     try:
-        value = load_sealed(path.read_bytes())
+        value = load_sealed(read_regular(path))
         check_version(root, value)
         return Identity.model_validate(value)
     except (OSError, ValidationError, ValueError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cogcache.cache.files import append_line
 from cogcache.cache.lines import seal_line, unseal_line
+from cogcache.cache.regular import open_regular
 
 __all__ = ["MAX_REASON", "Journal"]
 
@@ -45,7 +46,7 @@ class Journal:
         self.garbled, self.torn = 0, False
         if not self.path.is_file():
             return
-        with self.path.open("rb") as stream:
+        with open_regular(self.path) as stream:
             while line := stream.readline(_MAX_LINE):
                 event = unseal_line(line)
                 if event is not None:

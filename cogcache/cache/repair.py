@@ -36,6 +36,7 @@ from cogcache.cache.journal import Journal
 from cogcache.cache.keys import text_key
 from cogcache.cache.lines import seal_line
 from cogcache.cache.names import ShardName, parse_shard
+from cogcache.cache.regular import open_regular, read_regular
 from cogcache.cache.shard_check import ShardFinding, read_contents, records_of
 from cogcache.cache.tables import settle_tables
 from cogcache.cache.writer import CacheWriter, cache_lock, is_claimed
@@ -207,7 +208,7 @@ def _free_names(root: Path, folder: Path, backend: Backend) -> None:
 
 def _listed(path: Path) -> list[EntryRecord]:
     try:
-        return records_of(parse_index(path.read_bytes()))
+        return records_of(parse_index(read_regular(path)))
     except ValueError:
         return []
 
@@ -216,7 +217,7 @@ def _copy(writer: CacheWriter, name: ShardName, data: Path, records: Mapping[str
     """Entries copied, byte for byte, into shards that the next repair finishes if this one is stopped."""
     series, backend = name.series, backend_of(writer.identity.backend)
     writer.plan(series, list(records), len(records), name.group_text)
-    with data.open("rb") as stream:
+    with open_regular(data) as stream:
         size = data.stat().st_size
         for job in writer.jobs(series, records):
             with job:

@@ -21,6 +21,7 @@ from cogcache.cache.files import (
 from cogcache.cache.format import Entry, EntryRecord, ShardRecord
 from cogcache.cache.index import Members, ShardIndex, build_index, check_key, parse_index
 from cogcache.cache.lines import seal_line, unseal_line
+from cogcache.cache.regular import open_regular
 from cogcache.cache.storage import Storage
 from cogcache.cache.stored import Contents
 from cogcache.cache.tensors import Buffer
@@ -130,7 +131,7 @@ def _read_lines(path: Path) -> list[EntryRecord]:
     """Records of the valid lines at the start of an unfinished shard's index."""
     records: list[EntryRecord] = []
     try:
-        stream = path.open("rb")
+        stream = open_regular(path)
     except FileNotFoundError:
         return records
     with stream:
@@ -164,7 +165,7 @@ def _valid_prefix(
     places = {key: place for place, key in enumerate(order)}
     last = -1
     try:
-        stream: BinaryIO = part.open("rb")
+        stream: BinaryIO = open_regular(part)
     except FileNotFoundError:
         return kept, hashlib.sha256(), 0
     with stream:

@@ -19,6 +19,7 @@ from cogcache.cache.format import EntryRecord, MemberRecord, ShardRecord
 from cogcache.cache.index import ShardIndex, build_index, parse_index
 from cogcache.cache.lines import parse_object
 from cogcache.cache.names import parse_shard
+from cogcache.cache.regular import open_regular, read_regular
 from cogcache.cache.stored import Contents, head_facts
 
 __all__ = ["ShardFinding", "examine", "read_contents", "records_of"]
@@ -94,7 +95,7 @@ def examine(
     size = index.bytes if index else record.bytes if record else found.size
     before = len(found.damages)
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             found.sha256 = _sha256(stream, advance)
             found.proven = found.sha256 == named
             if index or not record or found.proven:
@@ -116,7 +117,7 @@ def _read_index(
 ) -> ShardIndex | None:
     file = f"{found.name}.index.jsonl"
     try:
-        index = parse_index((folder / file).read_bytes())
+        index = parse_index(read_regular(folder / file))
         if record is not None and index.record(found.name) != record:
             raise ValueError("it is not the one that the manifest names")
         for key, members in index.entries.items():

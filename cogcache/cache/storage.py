@@ -5,7 +5,6 @@ Names are relative to the cache, with ``/``, and never come from a file unchecke
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +12,7 @@ from typing import Protocol
 from cogcache.cache.checksum import crc32
 from cogcache.cache.handles import Handles
 from cogcache.cache.index import Member
+from cogcache.cache.regular import read_regular
 from cogcache.cache.tensors import Buffer
 from cogcache.location import Location
 
@@ -77,10 +77,7 @@ class LocalStorage:
     def read(self, name: str, sha256: str = "") -> bytes:
         """As :meth:`Storage.read`."""
         _ = sha256
-        path = self._folder / name
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "it is no regular file")
-        return path.read_bytes()
+        return read_regular(self._folder / name)
 
     def size(self, name: str) -> int | None:
         """As :meth:`Storage.size`."""

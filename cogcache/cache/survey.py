@@ -37,6 +37,7 @@ from cogcache.cache.identity import read_identity
 from cogcache.cache.keys import latent_key, text_key
 from cogcache.cache.lines import parse_object
 from cogcache.cache.names import is_series, is_shard, parse_shard
+from cogcache.cache.regular import open_regular, read_regular
 from cogcache.cache.storage import LocalStorage
 from cogcache.cache.tables import read_manifest, read_table
 from cogcache.errors import CacheError
@@ -176,7 +177,7 @@ def _identity_of_shards(root: Path) -> Identity | None:
     files = _shard_files(root)
     for backend, shard, path in files:
         try:
-            with path.open("rb") as stream:
+            with open_regular(path) as stream:
                 said = backend_of(backend).read_head(stream, path.stat().st_size)
             variant = Variant.model_validate(said["variant"])
             fingerprint = said["fingerprint"]
@@ -257,7 +258,7 @@ def _table(seen: Survey, name: str, kind: type[R]) -> list[R] | None:
 def _loose_rows(path: Path, kind: type[R]) -> list[R] | None:
     """Rows of a table that nothing vouches for, None unless every one of them is spelt as a writer spells it."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_regular(path).split(b"\n")
         rows = [kind.model_validate(parse_object(line)) for line in lines[:-1]]
     except (OSError, ValidationError, ValueError):
         return None

@@ -32,6 +32,7 @@ from cogcache.cache.format import (
 )
 from cogcache.cache.identity import check_version
 from cogcache.cache.lines import parse_json, parse_object, pretty_json
+from cogcache.cache.regular import read_regular
 from cogcache.cache.storage import LocalStorage, Storage
 from cogcache.errors import CacheError, DamagedCacheError
 from cogcache.location import Location
@@ -120,7 +121,7 @@ def settle_tables(root: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(read_regular(path)).hexdigest()
 
 
 def read_manifest(storage: Storage) -> Manifest:

@@ -65,4 +65,7 @@ def _tensor(name: str, said: Any, values: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"not a safetensors file: tensor {name!r:.80} has wrong numbers")
     if end > len(values) or end - begin != math.prod(shape) * dtype.itemsize or begin % dtype.itemsize:
         raise ValueError(f"not a safetensors file: tensor {name!r:.80} lies outside it, or has another size")
-    return values[begin:end].view(dtype).view(shape)
+    try:
+        return values[begin:end].view(dtype).view(shape)
+    except (RuntimeError, TypeError):  # an empty tensor may claim any lengths
+        raise ValueError(f"not a safetensors file: tensor {name!r:.80} has an impossible shape") from None

@@ -8,8 +8,7 @@ from typing import Any
 from cogcache.finetuned import TRANSFORMER_FOLDER
 from cogcache.infer.plan import Plan
 from cogcache.lora.weights import read_lora
-from cogcache.models import loading, pick_device, torch_dtype
-from cogcache.quiet import quiet_libraries
+from cogcache.models import check_model_index, loading, pick_device, torch_dtype
 from cogcache.tiling import set_decode_tiling
 
 __all__ = ["load_pipeline"]
@@ -21,9 +20,13 @@ _ADAPTER = "cogcache"
 def load_pipeline(plan: Plan) -> Any:
     """Load the pipeline with scheduler, LoRA, tiling and placement set; its own progress bar is off.
 
-    Only safetensors are read.
+    Only safetensors are read, and no code of the checkpoint's is run.
+
+    Raises:
+        ModelError: if the checkpoint is damaged, or names classes of its own.
     """
-    with quiet_libraries():
+    check_model_index(plan.model)
+    with loading("model", plan.model):
         pipe = _pipeline_class(plan).from_pretrained(
             plan.model,
             dtype=torch_dtype(plan.dtype),

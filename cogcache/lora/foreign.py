@@ -21,12 +21,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["alpha_of_layer", "canonical_name", "canonical_names", "find_weights", "metadata_adapter"]
+__all__ = [
+    "alpha_of_layer",
+    "canonical_name",
+    "canonical_names",
+    "check_pattern",
+    "find_weights",
+    "metadata_adapter",
+]
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
 _FINETRAINERS_KEY = "lora_config"
 _PREFIX = "transformer."
+_LONGEST_PATTERN, _MOST_REPEATS = 300, 3
 
 _UNDERSCORED = re.compile(r"lora_(?:unet|transformer)_+transformer_blocks_(\d+)_(\w+)\.(.+)")
 _BLOCK_LAYERS = {
@@ -118,6 +126,24 @@ def metadata_adapter(metadata: Mapping[str, str], config: Path | None) -> dict[s
     if stored.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"it is a {stored['peft_type']} adapter, not a LoRA")
     return stored
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuse a regular expression from a file that is none, or that could take for ever to match.
+
+    Names of layers need no repeated groups and few repetitions; each more multiplies the work by the name's length.
+
+    Raises:
+        ValueError: saying why.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{pattern[:60]!r} is no regular expression: {error}") from None
+    bare = re.sub(r"\\.", "x", pattern, flags=re.DOTALL).replace("(?", "(")
+    repeats = re.findall(r"[*+?{]", bare)
+    if len(pattern) > _LONGEST_PATTERN or len(repeats) > _MOST_REPEATS or re.search(r"\)[*+?{]", bare):
+        raise ValueError(f"the pattern {pattern[:60]!r} is too involved for names of layers")
 
 
 def alpha_of_layer(layer: str, patterns: Mapping[str, float], otherwise: float) -> float:

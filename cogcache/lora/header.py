@@ -12,13 +12,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cogcache.errors import LoraError
-from cogcache.lora.foreign import canonical_names, find_weights, metadata_adapter
+from cogcache.lora.foreign import canonical_names, check_pattern, find_weights, metadata_adapter
 from cogcache.tensorfile import read_tensor_header
 from cogcache.variants import Variant
 
 __all__ = ["LORA_FILE_NAME", "PROVENANCE_KEY", "LoraHeader", "Provenance", "read_lora_header"]
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
+
+_LONGEST_NAME = 300
 
 PROVENANCE_KEY = "cogcache"
 """Name of :class:`Provenance` in a file's metadata."""
@@ -143,6 +145,9 @@ def _lora_shapes(
     names = {name: raw for raw, name in canonical.items() if not name.endswith(".alpha")}
     alphas = {name.removesuffix(".alpha"): raw for raw, name in canonical.items() if name.endswith(".alpha")}
     shapes = {name: stored[raw] for name, raw in names.items()}
+    long = next((name for name in shapes if len(name) > _LONGEST_NAME), None)
+    if long:
+        raise LoraError(f"{path} holds a layer with a name of {len(long)} characters, {long[:60]}...")
     down = [name for name in shapes if name.endswith(".lora_A.weight")]
     if not down:
         raise LoraError(f"{path} is not a LoRA file: it holds no lora_A weights.")
@@ -163,7 +168,7 @@ def _adapter_in(path: Path, metadata: Mapping[str, str], config: Path | None) ->
         if not (math.isfinite(stored["lora_alpha"]) and isinstance(stored["r"], int)):
             raise ValueError("alpha or rank is not a number")
         for pattern, alpha in (stored.get("alpha_pattern") or {}).items():
-            re.compile(pattern)
+            check_pattern(pattern)
             if not math.isfinite(alpha):
                 raise ValueError("alpha is not a number")
     except (ArithmeticError, AttributeError, KeyError, OSError, TypeError, ValueError, re.error) as error:
@@ -181,10 +186,13 @@ def _adapter_of_tensors(
     without = [layer for layer in layers if layer not in alphas]
     if without:
         raise LoraError(f"{path} says alpha for some layers, but not for {without[0][:100]}.")
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "pt") as file:
-        values = {layer: float(file.get_tensor(alphas[layer]).reshape(-1)[0]) for layer in layers}
+    try:
+        with safe_open(path, "pt") as file:
+            values = {layer: float(file.get_tensor(alphas[layer]).reshape(-1)[0]) for layer in layers}
+    except (OSError, SafetensorError, IndexError, RuntimeError, TypeError) as error:
+        raise LoraError(f"{path} cannot be read: {error}.") from None
     if not all(map(math.isfinite, values.values())):
         raise LoraError(f"{path} says an alpha that is not a number.")
     first = values[layers[0]]

@@ -50,7 +50,7 @@ def find_clips(
     """
     _check_root(data_root)
     root = data_root.resolve()
-    kind = _detect(data_root, root) if dataset == "auto" else dataset
+    kind = _detect(data_root, root, allow_outside) if dataset == "auto" else dataset
     mistakes: list[str] = []
     if kind == "sidecar":
         items = read_sidecars(root, allow_outside, mistakes)
@@ -80,7 +80,7 @@ def _check_root(data_root: Path) -> None:
         raise DatasetError(f"The data root {data_root} is empty.", hint=_WAYS)
 
 
-def _detect(shown: Path, root: Path) -> DatasetKind:
+def _detect(shown: Path, root: Path, allow_outside: bool) -> DatasetKind:
     """The one layout that ``root`` holds.
 
     Raises:
@@ -94,7 +94,7 @@ def _detect(shown: Path, root: Path) -> DatasetKind:
         present = [name for name in names if (root / name).exists()]
         if present:
             found[kind] = " and ".join(present)  # type: ignore[index]
-    pairs = count_pairs(root)
+    pairs = count_pairs(root, allow_outside)
     if pairs:
         found["sidecar"] = f"{pairs} videos with a .txt beside them"
     if len(found) > 1:
@@ -104,7 +104,7 @@ def _detect(shown: Path, root: Path) -> DatasetKind:
             hint=f"Say which one with --dataset {' or '.join(found)}.",
         )
     if not found:
-        videos = len(find_videos(root))
+        videos = len(find_videos(root, allow_outside))
         raise DatasetError(f"{shown} holds {videos} videos but no captions for them.", hint=_WAYS)
     return next(iter(found))
 

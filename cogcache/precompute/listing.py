@@ -13,7 +13,7 @@ from typing import Any
 
 from cogcache.errors import DatasetError
 
-__all__ = ["Row", "read_lines", "read_lists", "read_metadata", "read_text"]
+__all__ = ["Row", "is_text", "read_lines", "read_lists", "read_metadata", "read_text"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,15 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise DatasetError(f"{path.name} line {line}: not UTF-8 text") from None
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: names of files and escapes in JSON may hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_lines(path: Path, mistakes: list[str]) -> list[str] | None:
@@ -161,8 +170,10 @@ def _row(where: str, record: Any, mistakes: list[str]) -> Row | None:
         value = record.get(column)
         if not isinstance(value, str) or not value.strip():
             reasons.append(f"{where}: {column} is {'missing' if value is None else 'not a non-empty text'}")
+        elif not is_text(value):
+            reasons.append(f"{where}: {column} holds half a character (a lone surrogate)")
     image = record.get("image")
-    if image is not None and not isinstance(image, str):
+    if image is not None and not (isinstance(image, str) and is_text(image)):
         reasons.append(f"{where}: image is not a text")
     mistakes += reasons
     if reasons:

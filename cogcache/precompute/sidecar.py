@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from cogcache.errors import DatasetError
-from cogcache.precompute.listing import read_text
+from cogcache.precompute.listing import is_text, read_text
 from cogcache.precompute.paths import ClipItem, Locator
 
 __all__ = ["VIDEO_SUFFIXES", "count_pairs", "find_videos", "read_sidecars"]
@@ -36,14 +36,14 @@ _NOT_CAPTIONS = frozenset(
 _LISTS = frozenset(("prompts.txt", "videos.txt", "images.txt"))
 
 
-def find_videos(root: Path) -> list[PurePosixPath]:
-    """All videos below ``root``, by suffix, relative and sorted; folders reached by a link are left out."""
-    return sorted(path for path in _walk(root, True, []) if path.suffix.lower() in VIDEO_SUFFIXES)
+def find_videos(root: Path, allow_outside: bool) -> list[PurePosixPath]:
+    """All videos below ``root``, by suffix, relative and sorted."""
+    return sorted(path for path in _walk(root, allow_outside, []) if path.suffix.lower() in VIDEO_SUFFIXES)
 
 
-def count_pairs(root: Path) -> int:
+def count_pairs(root: Path, allow_outside: bool) -> int:
     """How many videos below ``root`` have a text beside them."""
-    videos, captions = _group(_walk(root, True, []))
+    videos, captions = _group(_walk(root, allow_outside, []))
     return len(videos.keys() & captions.keys())
 
 
@@ -123,17 +123,16 @@ def _walk(root: Path, allow_outside: bool, mistakes: list[str]) -> Iterator[Pure
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if not _is_text(entry.name):
+            if not is_text(entry.name):
                 mistakes.append(f"{shown}/{entry.name!a}: the file name is not UTF-8")
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 pending.append(folder / entry.name)
             else:
                 yield PurePosixPath((folder / entry.name).relative_to(root))
 
 
-def _is_text(name: str) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        name.encode()
-    except UnicodeEncodeError:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself; reading it says so
         return False
-    return True

@@ -72,7 +72,7 @@ def load_scheduler(root: Path) -> Any:
     """The checkpoint's own scheduler (DDIM for 2B, DPM for the others), which knows its alphas.
 
     Raises:
-        ModelError: if it is not one of CogVideoX's two.
+        ModelError: if it is not one of CogVideoX's two, or its settings are none that it can take.
     """
     from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
     from diffusers.schedulers.scheduling_dpm_cogvideox import CogVideoXDPMScheduler
@@ -82,7 +82,8 @@ def load_scheduler(root: Path) -> Any:
     name = read_config(root, "scheduler/scheduler_config.json").get("_class_name")
     for kind in (CogVideoXDDIMScheduler, CogVideoXDPMScheduler):
         if kind.__name__ == name:
-            return kind.from_pretrained(root, subfolder="scheduler", local_files_only=True)
+            with loading("scheduler", root):
+                return kind.from_pretrained(root, subfolder="scheduler", local_files_only=True)
     raise ModelError(
         f"{root} has the scheduler {name!r}; CogVideoXDDIMScheduler or CogVideoXDPMScheduler needed."
     )
