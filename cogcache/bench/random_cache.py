@@ -11,6 +11,7 @@ import torch
 from cogcache.cache.format import (
     LATENTS,
     TEXT,
+    BackendName,
     Entry,
     Identity,
     ModelRecord,
@@ -45,7 +46,9 @@ def real_variant(family: Family) -> Variant:
     return variant.model_copy(update={"text_dim": _TEXT_DIM, "text_length": CLIPS[family][2]})
 
 
-def random_cache(root: Path, family: Family, count: int, variant: Variant) -> Path:
+def random_cache(
+    root: Path, family: Family, count: int, variant: Variant, backend: BackendName = "webdataset"
+) -> Path:
     """A finished cache of ``count`` clips and captions with random bfloat16 values.
 
     The values are normal; a few tensors come again and again under new keys: reading does not look at them.
@@ -59,9 +62,8 @@ def random_cache(root: Path, family: Family, count: int, variant: Variant) -> Pa
     made_by = f"cogcache bench, {family}"
     prints = {name: {"made_by": made_by, "series": name} for name in (LATENTS, TEXT)}
     bucket = str(Bucket.of(frames, size))
-    identity = Identity(
-        model=ModelRecord(id=f"random {family}", variant=variant), series=prints, buckets=(bucket,)
-    )
+    model = ModelRecord(id=f"random {family}", variant=variant)
+    identity = Identity(backend=backend, model=model, series=prints, buckets=(bucket,))
     writer = CacheWriter.open(root, identity)
     keys = {name: [entry_key(prints[name], number=n) for n in range(count + 1)] for name in prints}
     _fill(writer, LATENTS, bucket, "moments", keys[LATENTS][:count], moments)

@@ -12,6 +12,7 @@ from rich.table import Table
 from cogcache.bench.facts import machine_facts
 from cogcache.bench.load import Reading, Waiting, measure_reads, measure_wait, write_files
 from cogcache.bench.random_cache import random_cache, real_variant
+from cogcache.cache.backend import BACKENDS
 from cogcache.cache.files import make_folder, storage_errors
 from cogcache.cache.format import MANIFEST_FILE
 from cogcache.cache.reader import CacheReader
@@ -20,8 +21,6 @@ from cogcache.progress import console
 from cogcache.tiny import Family
 
 __all__ = ["bench_load"]
-
-FORMATS = ("webdataset",)
 
 
 def bench_load(
@@ -44,15 +43,15 @@ def bench_load(
     """
     threads = _numbers(workers)
     variant = real_variant(family)
-    caches = {}
-    for form in FORMATS:
+    caches: dict[str, CacheReader] = {}
+    for form in BACKENDS:
         root = work / f"{family}-{clips}-{form}"
         if not (root / MANIFEST_FILE).exists():
-            random_cache(root, family, clips, variant)
+            random_cache(root, family, clips, variant, form)
         caches[form] = CacheReader(root)
     if url is not None:
-        caches[url] = CacheReader(Path(url))
-    files = write_files(caches[FORMATS[0]], work / f"{family}-{clips}-files")
+        caches[url] = CacheReader(url)
+    files = write_files(caches["webdataset"], work / f"{family}-{clips}-files")
     readings = measure_reads(caches, files, threads, repeats=repeats, cold=cold)
     waits = {name: [measure_wait(cache, count, steps) for count in threads] for name, cache in caches.items()}
     facts = machine_facts()
