@@ -39,11 +39,11 @@ def load_picture(
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I;16"):  # Pillow's own conversion cuts 16 bits off at 255
                 upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
-            upright = upright.convert("RGB")
+            pixels = torch.from_numpy(np.asarray(upright.convert("RGB")).copy())
     except Exception as error:  # Pillow's readers raise many kinds over damaged files; all mean the same
-        raise VideoError(f"the image cannot be read: {error}") from None
-    pixels = torch.from_numpy(np.asarray(upright).copy())
-    return fit_frame(pixels, plan_fit(Size(upright.height, upright.width), size, fit), interpolation)
+        reason = str(error) or type(error).__name__
+        raise VideoError(f"the image cannot be read: {reason}") from None
+    return fit_frame(pixels, plan_fit(Size(*pixels.shape[:2]), size, fit), interpolation)
 
 
 def fit_frame(frame_hwc: torch.Tensor, plan: FitPlan, interpolation: Interpolation) -> torch.Tensor:

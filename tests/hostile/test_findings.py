@@ -14,6 +14,7 @@ import pytest
 import torch
 import verify_kit
 from making_videos import write_video
+from PIL import Image
 from safetensors.torch import save_file
 
 from cogcache.cache.check import check_cache
@@ -200,6 +201,19 @@ def test_pictures_that_would_start_another_program(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     with pytest.raises(VideoError, match="cannot identify"):  # and not: Ghostscript is missing
+        load_picture(path, Size(32, 48))
+
+
+def test_a_picture_that_claims_more_pixels_than_there_is_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    path = tmp_path / "x.png"
+    Image.new("RGB", (8, 8)).save(path)
+    monkeypatch.setattr("numpy.asarray", full)
+    with pytest.raises(VideoError, match="cannot be read"):
         load_picture(path, Size(32, 48))
 
 
