@@ -47,11 +47,8 @@ class Shards:
 
     def open(self):
         self.manifest = value = json.loads((self.root / "manifest.json").read_bytes())
-        check(value.get("version") == 1 and value.keys() == MANIFEST, "not a cache of version 1")
-        check(
-            value["backend"] == "webdataset",
-            "its shards are zarr arrays: cogcache export --format webdataset",
-        )
+        known = (value.get("version"), value.get("backend")) == (1, "webdataset")
+        check(known and value.keys() == MANIFEST, "not a cache of version 1, in tar shards")
         proof = sha256(canonical({k: v for k, v in value.items() if k != "checksum"})).hexdigest()
         check(proof == value["checksum"], "the manifest is damaged")
         self.samples, self.failures = self.table("samples.jsonl"), self.table("failures.jsonl")
