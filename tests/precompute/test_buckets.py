@@ -103,6 +103,8 @@ def test_examples() -> None:
     assert place(ClipShape(hd, 24), all_of_them, Placing()) is None
     assert place(ClipShape(hd, 1, still=True), all_of_them, Placing(short="pad")) is None
     assert place(ClipShape(hd, 1, still=True), [wide, Bucket(1, 480, 720)], Placing()) == Bucket(1, 480, 720)
+    # Two sizes of one shape, both smaller than the source, waste the same.
+    assert place(ClipShape(hd, 60), [wide, Bucket(49, 240, 360)], Placing()) == wide
     # 1920x1080 cropped to 3:2 keeps 27/32 of the width; 49 of 60 frames are taken.
     assert waste(ClipShape(hd, 60), wide, Placing()) == pytest.approx(1 - 27 / 32 * 49 / 60)
     assert waste(ClipShape(hd, 60), wide, Placing(fit="pad")) == pytest.approx(1 - 27 / 32 * 49 / 60)

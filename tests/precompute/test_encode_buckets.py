@@ -182,13 +182,22 @@ def test_a_single_bucket_looks_at_nothing(several: Settings, monkeypatch: pytest
         assert plan_run(several(**changes)).entries["latents"] == 6
 
 
-def test_image_conditions_have_the_size_of_their_clip(several: Settings, tmp_path: Path) -> None:
+def test_image_conditions_have_the_size_of_their_clip(several: Settings, data: Path, tmp_path: Path) -> None:
     """A listed picture, too; and pictures for validation that of the first bucket."""
     Image.fromarray(picture(3)).save(tmp_path / "first.png")
+    root = tmp_path / "data"
+    root.mkdir()
+    listed = [{"file_name": name, "text": "a caption"} for name in PLACES]
+    for row in listed[:2] + listed[3:]:
+        row["image"] = "first.png"
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    for path in [*(data / name for name in PLACES), tmp_path / "first.png"]:
+        shutil.copy(path, root)
     (tmp_path / "prompts.txt").write_text("a prompt\n")
     (tmp_path / "images.txt").write_text("first.png\n")
     config = several(
         "1.5-5b-i2v",
+        data_root=root,
         bucket=[TALL, LONG, SHORT],
         image_draws=2,
         validation_prompts=tmp_path / "prompts.txt",
@@ -202,6 +211,7 @@ def test_image_conditions_have_the_size_of_their_clip(several: Settings, tmp_pat
             entry = reader.read("images", key)
             assert entry.tensors["latents"].shape[-2:] == (row.height // 8, row.width // 8)
             assert entry.facts["size"] == str(row.bucket.size)
+            assert entry.facts["image"].startswith("clip" if row.source == "short.mp4" else "file")
     assert {shard.name for shard in reader.manifest.series["images"].shards} == {
         "images-32x48-00000",
         "images-48x32-00000",
