@@ -186,3 +186,33 @@ def test_sixty_bit_flips(root: Path) -> None:
 def test_thousand_bit_flips(root: Path) -> None:
     """Run by: pytest -m slow tests/cache/test_verify.py."""
     flips(root, int(os.environ.get("COGCACHE_FLIPS", "1000")), seed=2)
+
+
+@pytest.mark.parametrize(
+    ("series", "group", "what"),
+    [
+        (LATENTS, "17x32x48", "its facts say '9x32x48', and it is in a shard of 17x32x48"),
+        (LATENTS, "9x32", "its facts say '9x32x48', and it is in a shard of 9x32"),
+        (TEXT, "9", "it is in a shard of 9 tokens, not 8"),
+        (TEXT, "9x8", "'9x8' is not a group of text"),
+    ],
+)
+def test_entries_of_another_shape_than_their_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, series: str, group: str, what: str
+) -> None:
+    monkeypatch.setitem(verify_kit.GROUPS, series, group)
+    verify_kit.encode(tmp_path / "cache")
+    assert {damage.what for damage in check_cache(tmp_path / "cache").report.damages if damage.shard} == {
+        what
+    }
+
+
+def test_a_row_of_another_bucket_than_its_latent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = verify_kit.sample
+    monkeypatch.setattr(
+        verify_kit, "sample", lambda clip: real(clip).model_copy(update={"frames": 17 if clip == 2 else 9})
+    )
+    verify_kit.encode(tmp_path / "cache")
+    (damage,) = check_cache(tmp_path / "cache").report.damages
+    assert (damage.file, damage.clips) == ("samples.jsonl", ("2.mp4",))
+    assert damage.what == "it says 17x32x48 of 2.mp4, whose latent is in a shard of 9x32x48"
