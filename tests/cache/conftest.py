@@ -15,6 +15,17 @@ from cache_kit import FakeOs, encode, install, snapshot
 
 from cogcache.cache.format import BackendName
 
+_LONG = ("test_stopped_before_every_single_step[zarr-False]", "test_every_single_step_fails[zarr-5-False]")
+"""Run by: pytest -m slow tests/cache/test_cache_crash.py. The other half of both stays in the default run."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is exhaustive for tar shards already is done for zarr's, too, but not every time."""
+    for item in items:
+        if item.name in _LONG:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:

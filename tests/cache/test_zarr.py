@@ -229,6 +229,22 @@ def test_shards_of_a_group_keep_their_number_of_rows(tmp_path: Path, fast_disk: 
     assert len(list((tmp_path / "new" / TEXT).glob("*.plan.json"))) == 2
 
 
+def test_an_array_reaches_to_its_last_committed_row(tmp_path: Path, fast_disk: FakeOs, stock: Any) -> None:
+    """Before the cache is committed, and whichever shard is finished first."""
+    assert fast_disk
+    writer = CacheWriter.open(tmp_path, identity())
+    keys = [text(n).key for n in range(4)]
+    writer.plan(TEXT, keys, 2, "256")
+    jobs = list(writer.jobs(TEXT, keys))
+    for number, job in reversed([*enumerate(jobs)]):
+        for n in (2 * number, 2 * number + 1):
+            job.append(text(n))
+        job.finish()
+        rows = stock.open_group(str(tmp_path), mode="r")["text/256"][:, 0, 0]
+        assert [*rows[2 * number :]] == [*range(2 * number, 4)]
+        assert np.isnan(rows[: 2 * number]).all()
+
+
 def test_a_new_group_takes_the_compression_given_and_an_old_one_keeps_its_own(
     tmp_path: Path, fast_disk: FakeOs
 ) -> None:
