@@ -132,7 +132,8 @@ def _candidates(variant: Variant) -> list[Bucket]:
     """All that :func:`choose_buckets` may choose, every one allowed by the model."""
     default = variant.default_size
     longest = variant.sample_frames
-    counts = sorted({longest, *((longest // part) // 8 * 8 + 1 for part in (2, 4))})
+    shorter = ((longest // part) // 8 * 8 + 1 for part in (2, 4))
+    counts = sorted({longest, *(count for count in shorter if count > 1)})  # a still is no clip
     sizes = sorted({default, *(_of_ratio(default, ratio, variant.size_multiple) for ratio in _RATIOS)})
     return [
         bucket

@@ -187,3 +187,6 @@ def test_auto_takes_only_what_the_model_allows() -> None:
     )
     assert {b.size for b in choose_buckets(clips, small, Placing())} == {Size(480, 720)}
     assert {b.frames for b in choose_buckets(clips, small, Placing())} == {17, 81}
+    brief = VARIANT.model_copy(update={"sample_frames": 17})
+    stills = [ClipShape(Size(1080, 1920), 1, still=True)] * 9
+    assert {b.frames for b in choose_buckets([*clips, *stills], brief, Placing())} == {17}
