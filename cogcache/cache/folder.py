@@ -7,7 +7,7 @@ files, or changes any, is called under the cache lock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,17 @@ class SeriesFolder:
     def claim(self, name: str) -> FileLock | None:
         """Take the lock of an unfinished shard; None while another holds it."""
         return FileLock.acquire(self.path / f".{name}.lock", wait=False)
+
+    def is_claimed(self, name: str) -> bool:
+        """Whether anybody fills this unfinished shard."""
+        claim = self.claim(name)
+        if claim is not None:
+            claim.release()
+        return claim is None
+
+    def plan_is_foreign(self, name: str, wanted: Set[str]) -> bool:
+        """Whether an unfinished shard has nothing to do with the keys that are wanted."""
+        return not wanted or wanted.isdisjoint(self.plan(name))
 
     def open_shard(self, name: str) -> ShardWriter:
         """Open a claimed shard for writing, where a killed process left it."""

@@ -39,7 +39,7 @@ from cogcache.cache.names import ShardName, parse_shard
 from cogcache.cache.regular import open_regular, read_regular
 from cogcache.cache.shard_check import ShardFinding, read_contents, records_of
 from cogcache.cache.tables import settle_tables
-from cogcache.cache.writer import CacheWriter, cache_lock, is_claimed
+from cogcache.cache.writer import CacheWriter, cache_lock
 from cogcache.errors import CacheError
 
 __all__ = ["Repaired", "repair_cache"]
@@ -135,7 +135,7 @@ def _condemn(checked: Checked) -> None:
 
 
 def _refuse_busy(root: Path, folders: dict[str, SeriesFolder]) -> None:
-    if any(is_claimed(folder, name) for folder in folders.values() for name in folder.unfinished()):
+    if any(folder.is_claimed(name) for folder in folders.values() for name in folder.unfinished()):
         raise CacheError(f"another process is filling {root}.", "Wait for it to end, then repair.")
 
 

@@ -16,23 +16,22 @@ A kill at any moment costs at most the entry in the making. ``shards/README.md``
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 from weakref import WeakSet
 
 from cogcache.cache import tables
 from cogcache.cache.backend import backend_of
-from cogcache.cache.files import FileLock, make_folder, remove, remove_tree, storage_errors, write_atomic
+from cogcache.cache.files import FileLock, make_folder, storage_errors, write_atomic
 from cogcache.cache.folder import SeriesFolder
 from cogcache.cache.format import (
-    IDENTITY_FILE,
     IMAGES,
     JOURNAL_FILE,
     LATENTS,
-    MANIFEST_FILE,
     TEXT,
     FailureRecord,
     Identity,
@@ -42,15 +41,27 @@ from cogcache.cache.format import (
     ValidationRecord,
     ZarrCompression,
 )
-from cogcache.cache.identity import admit, check_same, read_identity, write_identity
+from cogcache.cache.identity import admit
 from cogcache.cache.index import check_key
 from cogcache.cache.job import ShardJob
 from cogcache.cache.journal import Journal
 from cogcache.errors import CacheError
 
-__all__ = ["CacheWriter", "ShardJob", "cache_lock", "drop_series", "is_claimed"]
+__all__ = ["CacheWriter", "Left", "ShardJob", "cache_lock"]
 
 _LOCK_FILE = ".lock"
+
+
+class Left(NamedTuple):
+    """Shards that are not committed.
+
+    Attributes:
+        busy: Whether others fill some of them.
+        free: Series with shards that nobody fills and that hold or await wanted entries.
+    """
+
+    busy: bool
+    free: frozenset[str]
 
 
 class CacheWriter:
@@ -120,6 +131,11 @@ class CacheWriter:
         with self._lock():
             return self._folder(series).durable_keys()
 
+    def usable(self, series: str) -> set[str]:
+        """Keys of all entries in committed shards: those that samples may name."""
+        with self._lock():
+            return self._folder(series).committed_keys()
+
     def plan(self, series: str, keys: Sequence[str], entries_per_shard: int, group: str = "") -> None:
         """Decide which shards get those of ``keys`` that are neither durable nor planned already.
 
@@ -169,7 +185,7 @@ class CacheWriter:
         tried = {job.name for job in given}
         with self._lock():
             for name in folder.unfinished():
-                if name in tried or wanted.isdisjoint(folder.plan(name)):
+                if name in tried or folder.plan_is_foreign(name, wanted):
                     continue
                 claim = folder.claim(name)
                 if claim is not None:
@@ -185,14 +201,27 @@ class CacheWriter:
 
     def busy(self) -> bool:
         """Whether other processes (or other writers of this one) are filling shards of this cache."""
+        return self.left({}).busy
+
+    def left(self, wanted: Mapping[str, Collection[str]]) -> Left:
+        """What is still to be done by others, and what by whoever takes it, at one instant.
+
+        Args:
+            wanted: Series -> all keys that this run can make, done or not.
+        """
         mine = {(job.series, job.name) for job in self._held if job.open}
+        keys = {series: frozenset(some) for series, some in wanted.items()}
+        busy, free = False, set()
         with self._lock():
-            return any(
-                is_claimed(folder, name)
-                for series, folder in self._folders.items()
-                for name in folder.unfinished()
-                if (series, name) not in mine
-            )
+            for series, folder in self._folders.items():
+                for name in folder.unfinished():
+                    if (series, name) in mine:
+                        continue
+                    if folder.is_claimed(name):
+                        busy = True
+                    elif not folder.plan_is_foreign(name, keys.get(series, frozenset())):
+                        free.add(series)
+        return Left(busy, frozenset(free))
 
     def failures(self) -> dict[str, str]:
         """Entry key -> reason recorded last, for every entry that failed once and is still missing."""
@@ -268,45 +297,6 @@ class CacheWriter:
                     f"the cache is not complete: {whose} has no committed entry {key} in {series}.",
                     "Run encode again; if another process is still encoding, wait for it first.",
                 )
-
-
-def is_claimed(folder: SeriesFolder, name: str) -> bool:
-    """Whether anybody fills this unfinished shard; the caller holds the cache lock."""
-    claim = folder.claim(name)
-    if claim is not None:
-        claim.release()
-    return claim is None
-
-
-def drop_series(root: Path, series: str, wanted: Identity) -> None:
-    """Remove a series with all its shards, so that it can be made anew with any settings; the others stay.
-
-    The manifest goes first: until the next commit the cache counts as unfinished. Nothing happens where the series
-    or the cache is not there.
-
-    Args:
-        wanted: Identity of the run that will make it anew.
-
-    Raises:
-        MismatchError: if anything but ``series`` differs from ``wanted``; then nothing is removed.
-        CacheError: if another process is filling the series.
-        StorageError: if something cannot be removed.
-    """
-    if not (root / IDENTITY_FILE).exists():
-        return
-    with cache_lock(root):
-        identity = read_identity(root)
-        if series not in identity.series:
-            return
-        wanted = Identity.model_validate(wanted.model_dump(mode="json"))
-        check_same(root, identity, wanted, wanted.series.keys() - {series})
-        folder = SeriesFolder(root, identity, series)
-        if any(is_claimed(folder, name) for name in folder.unfinished()):
-            raise CacheError(f"another process is filling {series} in {root}.", "Wait for it to end.")
-        remove(root / MANIFEST_FILE)
-        remove_tree(root / series)
-        rest = {name: value for name, value in identity.series.items() if name != series}
-        write_identity(root, identity.model_copy(update={"series": rest}))
 
 
 @contextmanager

@@ -1,38 +1,36 @@
 """``cogcache encode``: videos and captions in, a committed cache out.
 
 The way of the data: lists -> clips with keys -> what is missing is planned into shards -> VAE over missing
-latents and image conditions -> T5 over missing captions -> tables and manifest. One model is on the device
-at a time.
+latents and image conditions -> T5 over missing captions -> both again over what a killed process left -> tables
+and manifest. One model is on the device at a time.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from cogcache.cache.drop import drop_series
 from cogcache.cache.format import IMAGES, LATENTS, TEXT, FailureRecord, Manifest
-from cogcache.cache.names import parse_group
-from cogcache.cache.writer import CacheWriter, drop_series
+from cogcache.cache.rounds import fill_in_rounds
+from cogcache.cache.writer import CacheWriter
 from cogcache.config import EncodeConfig
 from cogcache.config_io import save_config
 from cogcache.errors import PartialFailureError
-from cogcache.geometry import Size
-from cogcache.models import torch_dtype
 from cogcache.precompute.clips import ClipWork, plan_clips, text_key
 from cogcache.precompute.datasets import find_clips
 from cogcache.precompute.dry_run import plan_run, tell_plan
-from cogcache.precompute.pieces import image_pieces, latent_piece, validation_pieces
 from cogcache.precompute.settings import EncodeSettings, decide
-from cogcache.precompute.stages import Piece, Tally, encode_pieces, encode_text
+from cogcache.precompute.stages import encode_pieces, encode_text
 from cogcache.precompute.text import FrozenText
 from cogcache.precompute.vae import FrozenVae
 from cogcache.precompute.validation import ValidationPrompts, plan_validation
+from cogcache.precompute.work import Work, plan_work
 from cogcache.progress import console, say
 
 __all__ = ["EncodeResult", "encode", "encode_all"]
@@ -89,51 +87,37 @@ def encode_all(config: EncodeConfig) -> EncodeResult:
         drop_series(settings.shards, IMAGES, settings.identity())
     writer = CacheWriter.open(settings.shards, settings.identity(), settings.config.zarr_compression)
     save_config(settings.effective(), settings.shards / "encode.config.yaml")
-    latents, images = _pictures(writer, clips, prompts, settings)
-    captions = _text(writer, clips, prompts, settings)
-    manifest, failures = _commit(writer, clips, prompts, settings)
+    work = Work.of(clips, prompts, settings)
+    plan_work(writer, work, settings)
+    complete = fill_in_rounds(writer, work.wanted, partial(_fill, writer, work, settings))
+    manifest, failures = _commit(writer, clips, prompts, settings) if complete else _leave_to_others()
+    made = {series: tally.encoded for series, tally in work.tallies.items()}
     return EncodeResult(
-        settings.shards, manifest, len(clips), latents.encoded, captions.encoded, failures, images.encoded
+        settings.shards, manifest, len(clips), made[LATENTS], made[TEXT], failures, made.get(IMAGES, 0)
     )
 
 
-def _pictures(
-    writer: CacheWriter, clips: Sequence[ClipWork], prompts: ValidationPrompts, settings: EncodeSettings
-) -> tuple[Tally, Tally]:
+def _fill(writer: CacheWriter, work: Work, settings: EncodeSettings, series: Collection[str]) -> None:
+    """One model after the other; only those of the series given."""
+    pictures = [name for name in work.pieces if name in series]
+    if pictures:
+        _pictures(writer, work, settings, pictures)
+    if TEXT in series:
+        _text(writer, work, settings)
+
+
+def _pictures(writer: CacheWriter, work: Work, settings: EncodeSettings, series: Sequence[str]) -> None:
     """Everything the VAE makes: latents, and for image-to-video the image conditions."""
-    latents = [latent_piece(clip) for clip in clips]
-    images = [piece for clip in clips for piece in image_pieces(clip, settings)]
-    images += validation_pieces(prompts.images, settings)
-    _plan(writer, LATENTS, latents, settings)
-    workers = settings.config.workers
+    units = {LATENTS: "clips", IMAGES: "image conditions"}
     try:
         vae = cache(lambda: _load_vae(settings))
-        clip_tally = encode_pieces(writer, LATENTS, latents, vae, unit="clips", workers=workers)
-        image_tally = Tally()
-        if images:
-            _plan(writer, IMAGES, images, settings)
-            image_tally = encode_pieces(writer, IMAGES, images, vae, unit="image conditions", workers=workers)
-        return clip_tally, image_tally
+        for name in series:
+            workers = settings.config.workers
+            tally = encode_pieces(writer, name, work.pieces[name], vae, unit=units[name], workers=workers)
+            work.tallies[name].add(tally)
     finally:
         del vae
         _free_memory()
-
-
-def _plan(
-    writer: CacheWriter, series: str, pieces: Sequence[Piece[Any, Any]], settings: EncodeSettings
-) -> None:
-    """Plan the shards of each group by itself, in the order of their numbers."""
-    groups: dict[str, list[str]] = {}
-    for piece in pieces:
-        groups.setdefault(piece.group, []).append(piece.key)
-    for group in sorted(groups, key=parse_group):
-        *frames, height, width = parse_group(group)
-        # Latents are kept as mean and log-variance, image conditions as one value.
-        parts = 2 if series == LATENTS else 1
-        values = parts * _product(
-            settings.variant.latent_shape(frames[0] if frames else 1, Size(height, width))
-        )
-        writer.plan(series, groups[group], _per_shard(settings, settings.vae_dtype, values), group)
 
 
 def _load_vae(settings: EncodeSettings) -> FrozenVae:
@@ -143,19 +127,11 @@ def _load_vae(settings: EncodeSettings) -> FrozenVae:
     return vae
 
 
-def _text(
-    writer: CacheWriter, clips: Sequence[ClipWork], prompts: ValidationPrompts, settings: EncodeSettings
-) -> Tally:
-    # The empty caption is always there: caption dropout and classifier-free guidance use it.
-    captions = (
-        {text_key(settings, ""): ""} | {clip.text: clip.item.caption for clip in clips} | prompts.captions
-    )
-    values = settings.variant.text_length * settings.variant.text_dim
-    group = str(settings.variant.text_length)
-    writer.plan(TEXT, list(captions), _per_shard(settings, settings.text_dtype, values), group)
+def _text(writer: CacheWriter, work: Work, settings: EncodeSettings) -> None:
     try:
-        load = partial(_load_text, settings, list(captions.values()))
-        return encode_text(writer, captions, load, settings.config.text_batch_size)
+        load = partial(_load_text, settings, list(work.captions.values()))
+        tally = encode_text(writer, work.captions, load, settings.config.text_batch_size)
+        work.tallies[TEXT].add(tally)
     finally:
         _free_memory()
 
@@ -178,13 +154,15 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def _leave_to_others() -> tuple[None, list[FailureRecord]]:
+    say("Other processes still encode into this cache; the last one to finish writes the manifest.")
+    return None, []
+
+
 def _commit(
     writer: CacheWriter, clips: Sequence[ClipWork], prompts: ValidationPrompts, settings: EncodeSettings
-) -> tuple[Manifest | None, list[FailureRecord]]:
-    if writer.busy():
-        say("Other processes still encode into this cache; the last one to finish writes the manifest.")
-        return None, []
-    durable = {series: writer.committed(series) for series in settings.identity().series}
+) -> tuple[Manifest, list[FailureRecord]]:
+    durable = {series: writer.usable(series) for series in settings.identity().series}
     reasons = writer.failures()
     complete = [clip for clip in clips if not _missing(clip, durable)]
     failures = [_failure(clip, _missing(clip, durable), reasons) for clip in clips if _missing(clip, durable)]
@@ -202,15 +180,6 @@ def _missing(clip: ClipWork, durable: dict[str, set[str]]) -> list[str]:
 def _failure(clip: ClipWork, missing: Sequence[str], reasons: dict[str, str]) -> FailureRecord:
     reason = next((reasons[key] for key in missing if key in reasons), "not encoded")
     return FailureRecord(id=clip.id, source=clip.item.source, window=clip.window, reason=reason)
-
-
-def _per_shard(settings: EncodeSettings, dtype: str, values: int) -> int:
-    """Entries of ``values`` numbers each that fill a shard."""
-    return max(1, int(settings.config.shard_size * 1e6 // (values * torch_dtype(dtype).itemsize)))
-
-
-def _product(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
 
 
 def _summary(result: EncodeResult) -> None:

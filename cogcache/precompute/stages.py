@@ -56,6 +56,12 @@ class Tally:
     failed: int = 0
     waited_s: float = 0.0
 
+    def add(self, other: Tally) -> None:
+        """Count another stage's work, too."""
+        self.encoded += other.encoded
+        self.failed += other.failed
+        self.waited_s += other.waited_s
+
 
 class _Behind:
     """Runs writes in order in one thread, a few behind the encoder; the first error stops the run."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import verify_kit
+from cache_kit import data_file
 from verify_kit import SIZE, caption, latent_facts, latent_key, text_key
 
 from cogcache.cache import keys
@@ -20,14 +21,15 @@ from cogcache.cache.format import (
     LATENTS,
     MANIFEST_FILE,
     TEXT,
+    BackendName,
     FailureRecord,
     Identity,
     SampleRecord,
     ValidationRecord,
 )
 from cogcache.cache.reader import CacheReader
+from cogcache.cache.rounds import fill_in_rounds
 from cogcache.cache.writer import CacheWriter
-from cogcache.errors import CacheError
 
 IMAGE_PRINT: dict[str, Any] = {"vae_dtype": "bfloat16", "noise": "test"}
 _LINE = re.compile(rb'\{"key":"([0-9a-f]{32})".*')
@@ -48,6 +50,7 @@ class Lists:
         bad: Clips that cannot be decoded.
         draws: Image conditions of each clip.
         prompts: Prompts for validation, each with an image where clips have image conditions.
+        backend: How shards are stored.
     """
 
     clips: int
@@ -55,11 +58,12 @@ class Lists:
     bad: frozenset[int] = frozenset()
     draws: int = 0
     prompts: int = 0
+    backend: BackendName = "webdataset"
 
     @property
     def identity(self) -> Identity:
         series = {**verify_kit.IDENTITY.series, **({IMAGES: IMAGE_PRINT} if self.draws else {})}
-        return verify_kit.IDENTITY.model_copy(update={"series": series})
+        return verify_kit.IDENTITY.model_copy(update={"series": series, "backend": self.backend})
 
     @property
     def unreadable(self) -> frozenset[str]:
@@ -97,10 +101,15 @@ class Lists:
 def encode(root: Path, done: Callable[[str], object], *, lists: Lists) -> bool:
     """A whole run; False if other processes are not finished yet."""
     writer = CacheWriter.open(root, lists.identity)
-    facts = lists.facts()
-    for series in lists.identity.series:
-        verify_kit.fill(writer, series, facts[series], lists.per_shard, done, unreadable=lists.unreadable)
-    if writer.busy():
+    facts = {series: lists.facts()[series] for series in lists.identity.series}
+
+    def fill(chosen: Collection[str]) -> None:
+        for series in chosen:
+            verify_kit.make(writer, series, facts[series], done, unreadable=lists.unreadable)
+
+    for series, wanted in facts.items():
+        writer.plan(series, list(wanted), lists.per_shard, verify_kit.GROUPS[series])
+    if not fill_in_rounds(writer, facts, fill):
         return False
     failures = [
         FailureRecord(id=f"bad-{clip}", source=f"{clip}.mp4", window="start", reason="cannot be decoded")
@@ -113,13 +122,8 @@ def encode(root: Path, done: Callable[[str], object], *, lists: Lists) -> bool:
 
 def encode_until_idle(root: Path, done: Callable[[str], object], *, lists: Lists) -> None:
     """Body of one of several processes that fill the same cache; takes over what a killed one leaves."""
-    through = False
-    while not through:
-        try:
-            through = encode(root, done, lists=lists)
-        except CacheError as error:  # killed after this one had looked for work
-            if "not complete" not in error.message:
-                raise
+    while not encode(root, done, lists=lists):
+        pass
 
 
 def encoding(lists: Lists) -> partial[bool]:
@@ -181,12 +185,12 @@ def check_after_kill(root: Path, before: Kept, told: frozenset[str], finished: b
 def moments(root: Path) -> set[str]:
     """Which of the short moments of the commit protocol the cache stopped in."""
     found = set()
-    for tar in root.glob("*/*.tar"):
-        index, plan = tar.with_suffix(".index.jsonl"), tar.with_suffix(".plan.json")
-        if not index.exists():
-            found.add("shard renamed, no index yet")
-        elif plan.exists():
+    for plan in root.glob("*/*.plan.json"):
+        name = plan.name.removesuffix(".plan.json")
+        if plan.with_name(f"{name}.index.jsonl").exists():
             found.add("index there, plan not removed")
+        elif data_file(root, name).exists():
+            found.add("shard renamed, no index yet")
     if any(root.glob("*.next")):
         found.add("tables waiting" + (" beside the manifest" if (root / MANIFEST_FILE).exists() else ""))
     return found

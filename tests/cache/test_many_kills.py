@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -17,9 +17,11 @@ import pytest
 from cache_kit import FakeOs, install, snapshot
 from kill_kit import Kept, Lists, Tally, check_after_kill, encoding
 from process_kit import Body, Run
-from verify_kit import flip, latent_key
+from verify_kit import flip_tensor, latent_key
 
+from cogcache.cache.backend import BACKENDS
 from cogcache.cache.check import check_cache
+from cogcache.cache.format import LATENTS, BackendName
 from cogcache.cache.reader import CacheReader
 from cogcache.cache.repair import repair_cache
 from cogcache.cache.transfer import export_shards, merge_shards
@@ -29,6 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 BAD = frozenset({1})
 SOURCE = Lists(3, per_shard=2, draws=1, prompts=1)
+ZARR: BackendName = "zarr"
 
 
 @contextmanager
@@ -62,11 +65,13 @@ class Scenario:
     Args:
         body: Makes it, given a finished cache of :data:`SOURCE`.
         before: What a finished cache holds when the run begins; None: there is none.
+        backend: How the shards of that cache are stored.
     """
 
     name: str
     body: Callable[[Path], Body]
     before: Lists | None = None
+    backend: BackendName = "webdataset"
 
 
 def _encode(name: str, lists: Lists, before: Lists | None = None) -> Scenario:
@@ -80,17 +85,26 @@ SCENARIOS = [
     _encode("encode, clips added", Lists(5, per_shard=2, bad=BAD), Lists(3, per_shard=2, bad=BAD)),
     Scenario("export", lambda source: partial(export, source=source)),
     Scenario("merge", lambda source: partial(merge, source=source)),
+    _encode("zarr: encode, many shards, clips that fail", Lists(3, per_shard=1, bad=BAD, backend=ZARR)),
+    _encode(
+        "zarr: encode, clips added",
+        Lists(5, per_shard=2, bad=BAD, draws=1, prompts=1, backend=ZARR),
+        Lists(3, per_shard=2, bad=BAD, draws=1, prompts=1, backend=ZARR),
+    ),
+    Scenario("zarr: export", lambda source: partial(export, source=source), backend=ZARR),
 ]
 EVERY_STEP, AT_ANY_TIME, ONE_OF_THREE, ALL_THREE, GROWING, REPAIRS = 60, 10, 30, 30, 30, 60
-"""The least number of kills in each test: of each scenario in the first two."""
+"""The least number of kills in each test: of each scenario in the first two, of each backend in the others."""
 
 
 def _least() -> int:
-    return (EVERY_STEP + AT_ANY_TIME) * len(SCENARIOS) + ONE_OF_THREE + ALL_THREE + GROWING + REPAIRS
+    several = ONE_OF_THREE + ALL_THREE + REPAIRS
+    return (EVERY_STEP + AT_ANY_TIME) * len(SCENARIOS) + several * len(BACKENDS) + GROWING
 
 
 assert _least() >= 200
 scenarios = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+both = pytest.mark.parametrize("kind", BACKENDS)
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +118,11 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished cache to export and merge from. Read only."""
-    root = tmp_path_factory.mktemp("source") / "cache"
-    assert encoding(SOURCE)(root, str)
-    return root
+    """Finished caches to export and merge from, by backend. Read only."""
+    folder = tmp_path_factory.mktemp("source")
+    for backend in BACKENDS:
+        assert encoding(replace(SOURCE, backend=backend))(folder / backend, str)
+    return folder
 
 
 @contextmanager
@@ -123,7 +138,12 @@ class Trial:
     def __init__(
         self, scenario: Scenario, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        self.name, self.body, self._folder, self._caches = scenario.name, scenario.body(source), folder, 0
+        self.name, self.body, self._folder, self._caches = (
+            scenario.name,
+            scenario.body(source / scenario.backend),
+            folder,
+            0,
+        )
         self._start = folder / "start"
         install(FakeOs(), monkeypatch)
         if scenario.before is not None:
@@ -222,13 +242,23 @@ def spread(tally: Tally, name: str) -> bool:
 THREE = Lists(8, per_shard=2, bad=BAD, draws=1, prompts=1)
 
 
+@both
 def test_one_of_three_processes_is_killed(
-    processes: ForkServerContext, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
+    kind: BackendName,
+    processes: ForkServerContext,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tally: Tally,
 ) -> None:
     """The two others finish its work: at a random moment, or right before one of its file operations."""
-    name, dice = "three processes, one is killed", random.Random(0)
-    trial = Trial(_encode(name, THREE), source, tmp_path, monkeypatch)
-    body = partial(kill_kit.encode_until_idle, lists=THREE)
+    name, dice, three = (
+        f"{kind}: three processes, one is killed",
+        random.Random(0),
+        replace(THREE, backend=kind),
+    )
+    trial = Trial(_encode(name, three), source, tmp_path, monkeypatch)
+    body = partial(kill_kit.encode_until_idle, lists=three)
     usual = Run(processes, body, trial.begin()).join().seconds
     with timed(tally, name):
         while tally.kills[name] < ONE_OF_THREE:
@@ -250,13 +280,23 @@ def test_one_of_three_processes_is_killed(
     assert len(set(tally.progress[name])) >= 4
 
 
+@both
 def test_three_processes_are_killed_together(
-    processes: ForkServerContext, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
+    kind: BackendName,
+    processes: ForkServerContext,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tally: Tally,
 ) -> None:
     """Three new ones go on, until the cache is finished."""
-    name, dice = "three processes, all are killed", random.Random(0)
-    trial = Trial(_encode(name, THREE), source, tmp_path, monkeypatch)
-    body = partial(kill_kit.encode_until_idle, lists=THREE)
+    name, dice, three = (
+        f"{kind}: three processes, all are killed",
+        random.Random(0),
+        replace(THREE, backend=kind),
+    )
+    trial = Trial(_encode(name, three), source, tmp_path, monkeypatch)
+    body = partial(kill_kit.encode_until_idle, lists=three)
     usual = Run(processes, body, trial.begin()).join().seconds
     with timed(tally, name):
         while tally.kills[name] < ALL_THREE or not spread(tally, name):
@@ -314,17 +354,21 @@ def contents(root: Path) -> dict[str, object]:
     return {**entries, "samples": reader.samples, "failures": reader.failures, "prompts": reader.validation}
 
 
+@both
 def test_repair_is_killed_before_every_file_operation(
-    processes: ForkServerContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
+    kind: BackendName,
+    processes: ForkServerContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tally: Tally,
 ) -> None:
     """No good entry is lost; the next repair, and the next encode, end as if nothing had been."""
-    lists, name = Lists(6, per_shard=3, prompts=1), "repair: before every operation"
+    lists, name = Lists(6, per_shard=3, prompts=1, backend=kind), f"{kind}: repair: before every operation"
     install(FakeOs(), monkeypatch)
     start, mended = tmp_path / "start", tmp_path / "mended"
     encoding(lists)(start, str)
     for clip in (1, 5):  # in two shards, one of them the last
-        shard = next(s for s in start.glob("latents/*.tar") if latent_key(clip).encode() in s.read_bytes())
-        flip(shard, shard.read_bytes().index(latent_key(clip).encode()) + 512 + 300)
+        flip_tensor(start, LATENTS, latent_key(clip))
     next(iter(sorted(start.glob("text/*.index.jsonl")))).unlink()
     damaged = {latent_key(1), latent_key(5)}
     good = lists.keys() - damaged
@@ -341,7 +385,10 @@ def test_repair_is_killed_before_every_file_operation(
             kept = Kept.of(root)
             lost = good - kept.keys  # but those of the shard whose index is lost, which the tar file holds
             assert all(
-                any(key.encode() in tar.read_bytes() for tar in root.glob("text/*.tar")) for key in lost
+                any(
+                    key.encode() in data.read_bytes() for data in (root / "text").rglob("*") if data.is_file()
+                )
+                for key in lost
             )
             assert all(len(shards) == 1 for shards in kept.shards.values())
             tally.add(name, root, step / steps)

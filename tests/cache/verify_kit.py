@@ -114,13 +114,26 @@ def fill(
     unreadable: Collection[str] = (),
     damaged: Collection[str] = (),
 ) -> None:
-    """Plan and make the entries of one series; ``done`` is told each key after it is durable.
+    """Plan and make the entries of one series, as :func:`make` does."""
+    writer.plan(series, list(facts), per_shard, GROUPS[series])
+    make(writer, series, facts, done, unreadable=unreadable, damaged=damaged)
+
+
+def make(
+    writer: CacheWriter,
+    series: str,
+    facts: Mapping[str, dict[str, Any]],
+    done: Callable[[str], object],
+    *,
+    unreadable: Collection[str] = (),
+    damaged: Collection[str] = (),
+) -> None:
+    """Make the planned entries of one series; ``done`` is told each key after it is durable.
 
     Args:
         unreadable: Keys that fail.
         damaged: Keys to write with a wrong value.
     """
-    writer.plan(series, list(facts), per_shard, GROUPS[series])
     for job in writer.jobs(series, facts):
         with job:
             for key in job.remaining:
