@@ -129,12 +129,28 @@ def _side_files(seen: Survey, findings: list[ShardFinding], report: Report) -> N
     for finding in findings:
         if finding.index or finding.good:
             shards[finding.series][finding.name] = finding.index or parse_index(finding.index_file())
-    filled = _filled(seen)
-    for name, data in seen.backend.side_files(seen.root, seen.identity, shards).items():
+    filled, due = _filled(seen), seen.backend.side_files(seen.root, seen.identity, shards)
+    seen.side_files |= due.keys()
+    # The first shard of a group may have been stopped between its files for others and its index.
+    seen.side_files |= {
+        (folder / name).relative_to(seen.root).as_posix()
+        for folder in filled
+        for name in {Path(name).name for name in due}
+    }
+    for name, data in due.items():
         path = seen.root / name
-        seen.side_files.add(name)
-        if path.parent not in filled and not (path.is_file() and read_regular(path) == data):
+        if path.parent in filled or (path.is_file() and read_regular(path) == data):
+            continue
+        if path.exists() or _is_due(name, seen):
             report.damages.append(Damage(name, "it is missing or changed"))
+
+
+def _is_due(side_file: str, seen: Survey) -> bool:
+    """Whether it must be there by now: a run writes ``cache.json`` first, and may be stopped in between."""
+    if seen.manifest is None:
+        return False
+    series, _, rest = side_file.partition("/")
+    return not rest or series in seen.manifest.series
 
 
 def _filled(seen: Survey) -> set[Path]:

@@ -17,6 +17,7 @@ from verify_kit import flip, latent_key, tensor_at
 
 from cogcache.cache.check import check_cache
 from cogcache.cache.format import LATENTS, TEXT, BackendName, Entry, Identity, ZarrCompression
+from cogcache.cache.lines import dump_sealed
 from cogcache.cache.reader import CacheReader
 from cogcache.cache.repair import repair_cache
 from cogcache.cache.transfer import export_shards
@@ -357,3 +358,24 @@ def test_formats_never_mix(root: Path) -> None:
     with pytest.raises(MismatchError) as caught:
         CacheWriter.open(root, other)
     assert caught.value.differences == {"backend": ("zarr", "webdataset")}
+
+
+def test_a_run_that_was_stopped_as_it_began_is_no_damage(root: Path, finished: Path) -> None:
+    """``cache.json`` is there, its files for other programs are not yet."""
+    for path in root.rglob("zarr.json"):
+        path.unlink()
+    assert {damage.file for damage in check_cache(root).report.damages} >= {"zarr.json", "text/zarr.json"}
+    (root / "manifest.json").unlink()
+    assert [damage.file for damage in check_cache(root).report.damages] == ["manifest.json"]
+    assert verify_kit.encode(root) == []
+    assert snapshot(root) == snapshot(finished)
+
+
+def test_a_group_whose_first_shard_was_stopped_before_its_index(root: Path, finished: Path) -> None:
+    plan = {"shard": "text-8-00000", "slots": 3, "keys": list(verify_kit.facts_by_key()[TEXT])[:3]}
+    (root / "text" / "text-8-00000.plan.json").write_bytes(dump_sealed(plan))
+    for index in (root / "text").glob("*.index.jsonl"):
+        index.unlink()
+    assert not [fact for fact in check_cache(root).report.facts if "zarr.json" in fact]
+    assert (root / "text" / "8" / "zarr.json").exists()
+    assert snapshot(root) != snapshot(finished)

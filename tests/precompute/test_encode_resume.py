@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import random
 import re
 import shutil
 import signal
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ import torch
 
 from cogcache.cache.format import Entry
 from cogcache.cache.reader import CacheReader
-from cogcache.cache.writer import ShardJob
+from cogcache.cache.writer import CacheWriter, ShardJob
 from cogcache.config import EncodeConfig
 from cogcache.precompute import encode_all
+from cogcache.precompute.stages import Tally
 from cogcache.precompute.text import FrozenText
 
 KILLS = 20
@@ -117,6 +121,55 @@ def test_two_processes_share_the_work(
     assert 3 in codes, said
     assert content(tmp_path / "both") == content(tmp_path / "alone")
     assert len(CacheReader(tmp_path / "both").samples) == 7
+
+
+def _claim_and_wait(config: EncodeConfig, claimed: Connection) -> None:
+    """Encode until the first shard is claimed and an entry for it is made, and no further."""
+
+    def waiting(self: ShardJob, entry: Entry) -> None:
+        claimed.send(f"{self.series} {entry.key}")
+        signal.pause()
+
+    ShardJob.append = waiting  # type: ignore[method-assign]
+    encode_all(config)
+
+
+@pytest.mark.parametrize("moment", ["before captions", "after captions"])
+def test_a_shard_is_taken_over_whose_process_is_killed_after_it_was_passed(
+    moment: str, small_shards: Callable[..., EncodeConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The survivor finds the shard claimed when it looks for work, and free when it is about to commit."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["cogcache.precompute.encode", __name__])
+    receive, send = processes.Pipe(duplex=False)
+    sibling = processes.Process(target=_claim_and_wait, args=(small_shards(tmp_path / "shards"), send))
+    sibling.start()
+    send.close()
+    series, key = receive.recv().split()
+    assert series == "latents"
+
+    def captions(writer: CacheWriter, *args: Any) -> Tally:
+        tally = Tally() if moment == "before captions" else encode_text(writer, *args)
+        assert sibling.is_alive() == (not killed)
+        if not killed:
+            assert key not in writer.committed("latents")
+            assert writer.busy()
+            sibling.kill()
+            sibling.join()
+        killed.append(moment)
+        return encode_text(writer, *args) if moment == "before captions" else tally
+
+    module = importlib.import_module(encode_all.__module__)  # the package has a function of its name
+    encode_text, killed = module.encode_text, list[str]()
+    monkeypatch.setattr(module, "encode_text", captions)
+    result = encode_all(small_shards(tmp_path / "shards"))
+    assert killed == [moment]
+    assert result.manifest is not None
+    assert [failure.source for failure in result.failures] == ["3.mp4"]
+    assert (result.encoded, result.captions) == (7, 8)
+    monkeypatch.undo()
+    encode_all(small_shards(tmp_path / "alone"))
+    assert content(tmp_path / "shards") == content(tmp_path / "alone")
 
 
 def test_full_disk_loses_nothing(
