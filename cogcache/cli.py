@@ -269,7 +269,7 @@ def _inspect(
 @app.command("export")
 def _export(
     shards: Annotated[str, typer.Argument(help="Folder or URL of the cache.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the new cache.")],
+    out: Annotated[str, typer.Argument(help="Folder of the new cache.")],
     query: Annotated[str, typer.Option(help="Words that caption or file name must all hold.")] = "",
     bucket: Annotated[
         str, typer.Option(metavar="FxHxW", help="Only clips of this many frames and this size.")
@@ -286,10 +286,11 @@ def _export(
     Example:  cogcache export shards/clips shards/rabbits --query rabbit
     """
     from cogcache.cache.transfer import export_shards
+    from cogcache.location import local_folder
 
     manifest = export_shards(
         shards,
-        out,
+        local_folder(out),
         query=query,
         bucket=bucket,
         names=names,
@@ -302,7 +303,7 @@ def _export(
 
 @app.command("merge")
 def _merge(
-    out: Annotated[Path, typer.Argument(help="Folder of the new cache.")],
+    out: Annotated[str, typer.Argument(help="Folder of the new cache.")],
     shards: Annotated[list[str], typer.Argument(help="Folders or URLs of the caches to join.")],
     backend: Annotated[Format | None, typer.Option("--format", help=_FORMAT)] = None,
     zarr_compression: Annotated[Compression, typer.Option(help=_COMPRESSION)] = "zstd",
@@ -312,8 +313,9 @@ def _merge(
     Example:  cogcache merge shards/all shards/monday shards/tuesday
     """
     from cogcache.cache.transfer import merge_shards
+    from cogcache.location import local_folder
 
-    manifest = merge_shards(out, shards, backend=backend, compression=zarr_compression)
+    manifest = merge_shards(local_folder(out), shards, backend=backend, compression=zarr_compression)
     typer.echo(f"Wrote {out}: {manifest.tables['samples.jsonl'].rows} clips")
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +27,11 @@ _PACKAGES = {
 """Module and extra that each protocol needs."""
 
 _CONNECT_S, _READ_S = 10, 60
+
+_SETTINGS = ("AWS_", "FSSPEC_", "GOOGLE_", "HF_")
+"""Beginnings of the environment variables that the file systems look at."""
+
+_opening = threading.Lock()
 
 
 class Connection:
@@ -98,9 +106,9 @@ class Connection:
             self._call(self._fs.rm_file, self._path(name))
 
     def names(self, folder: str) -> dict[str, int]:
-        """Names and sizes of the files right in ``folder``; none where it is not there."""
+        """Names and sizes of the files right in ``folder`` (``""`` for all of it); none where it is not there."""
         try:
-            found = self._call(self._fs.ls, self._path(folder), detail=True)
+            found = self._call(self._fs.ls, self._path(folder).rstrip("/"), detail=True)
         except FileNotFoundError:
             return {}
         return {str(e["name"]).rpartition("/")[2]: int(e["size"]) for e in found if e["type"] == "file"}
@@ -111,14 +119,27 @@ def _file_system(url: Url) -> Any:
     try:
         if module:
             importlib.import_module(module)
-        import fsspec
     except ImportError:
         raise CacheError(
-            f"{url} needs the package {module or 'fsspec'}.", f"Install it: pip install 'cogcache[{extra}]'"
+            f"{url} needs the package {module}.", f"Install it: pip install 'cogcache[{extra}]'"
         ) from None
-    own = {"use_listings_cache": False, "skip_instance_cache": True}
-    fs = fsspec.filesystem(url.protocol, **own, **_options(url.protocol))
-    if url.protocol == "s3":
+    settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith(_SETTINGS)))
+    with _opening:
+        return _open_file_system(url.protocol, os.getpid(), settings)
+
+
+@cache
+def _open_file_system(protocol: str, process: int, settings: tuple[tuple[str, str], ...]) -> Any:
+    """One for all connections of a process: they share sockets, and none is ever closed.
+
+    s3fs closes a file system when it is collected, in whatever thread that happens; one that uses another at that
+    moment may wait for ever.
+    """
+    import fsspec
+
+    _ = process, settings
+    fs = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True, **_options(protocol))
+    if protocol == "s3":
         fs.retries = 1  # Patience asks again, and tells
     return fs
 

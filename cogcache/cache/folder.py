@@ -69,7 +69,7 @@ class SeriesFolder:
             path, data = self.path / f"{name}.index.jsonl", self.data(name)
             try:
                 index = parse_index(read_regular(path))
-                if not data.is_file() or data.stat().st_size != index.bytes:
+                if self._size(name) != index.bytes:
                     raise ValueError(f"{data.name} is missing or its size has changed")
             except (OSError, ValueError) as error:
                 raise self._damaged(path, name, error) from None
@@ -79,6 +79,17 @@ class SeriesFolder:
     def data(self, name: str) -> Path:
         """The data file of a committed shard."""
         return self.path / self._backend.data_file(name)
+
+    def _size(self, name: str) -> int:
+        """Bytes of the data file, here or on the server that it was sent to; -1 if it is nowhere."""
+        data, pushed = self.data(name), self.pushed(name)
+        if data.is_file():
+            return data.stat().st_size
+        return int(pushed.read_bytes()) if pushed.is_file() else -1
+
+    def pushed(self, name: str) -> Path:
+        """The file that stands for the data of a shard that was sent to a server: its size, in decimal digits."""
+        return self.path / f"{name}.pushed"
 
     def plan(self, name: str) -> tuple[str, ...]:
         """The keys planned for an unfinished shard, in order.

@@ -38,9 +38,11 @@ class ShardJob:
         claim: FileLock,
         cache_lock: Callable[[], AbstractContextManager[object]],
         journal: Journal,
+        committed: Callable[[SeriesFolder, str], None] | None = None,
     ) -> None:
         self.name, self.series = name, folder.series
         self._folder, self._claim, self._cache_lock, self._journal = folder, claim, cache_lock, journal
+        self._committed = committed
         self._shard: ShardWriter = folder.open_shard(name)
         self.planned = folder.plan(name)
         self.remaining = tuple(k for k in after(self.planned, self._shard.keys) if k in wanted)
@@ -101,6 +103,8 @@ class ShardJob:
             self.close()
         if entries:
             self._journal.add("committed", series=self.series, shard=self.name, entries=entries)
+            if self._committed is not None:
+                self._committed(self._folder, self.name)
 
     def _commit(self, entries: int) -> None:
         if entries:

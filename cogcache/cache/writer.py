@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from weakref import WeakSet
 
 from cogcache.cache import tables
@@ -64,11 +64,28 @@ class Left(NamedTuple):
     free: frozenset[str]
 
 
+class Copy(Protocol):
+    """Where what is committed is sent to as well (:class:`cogcache.cache.mirror.Mirror`)."""
+
+    def send_shard(self, folder: SeriesFolder, name: str) -> None:
+        """Called for every shard, once it is committed."""
+
+    def send_cache(self, manifest: Manifest) -> None:
+        """Called under the cache lock, once tables and manifest are committed."""
+
+
 class CacheWriter:
     """One process's access to a cache that is being filled. Safe beside other processes and threads."""
 
-    def __init__(self, root: Path, identity: Identity, compression: ZarrCompression = "zstd") -> None:
+    def __init__(
+        self,
+        root: Path,
+        identity: Identity,
+        compression: ZarrCompression = "zstd",
+        copy: Copy | None = None,
+    ) -> None:
         """Use :meth:`open`."""
+        self._copy = copy
         self.root = root
         self.identity = identity
         self.journal = Journal(root / JOURNAL_FILE)
@@ -78,7 +95,13 @@ class CacheWriter:
         }
 
     @classmethod
-    def open(cls, root: Path, identity: Identity, compression: ZarrCompression = "zstd") -> CacheWriter:
+    def open(
+        cls,
+        root: Path,
+        identity: Identity,
+        compression: ZarrCompression = "zstd",
+        copy: Copy | None = None,
+    ) -> CacheWriter:
         """Create the cache in ``root``, or take up the one that is there.
 
         A series that the cache does not have yet is added. Another ``model.id`` is accepted where all facts
@@ -86,6 +109,7 @@ class CacheWriter:
 
         Args:
             compression: Of new zarr arrays; tar shards have none.
+            copy: Told of everything that is committed.
 
         Raises:
             MismatchError: if it was made with other settings; lists every field as "was / is".
@@ -95,7 +119,7 @@ class CacheWriter:
         root = root.absolute()
         make_folder(root)
         with cache_lock(root):
-            writer = cls(root, admit(root, identity), compression)
+            writer = cls(root, admit(root, identity), compression, copy)
             writer._write_side_files(())
             return writer
 
@@ -194,7 +218,15 @@ class CacheWriter:
                 return None
         with storage_errors(folder.path), ExitStack() as undo:
             undo.callback(claim.release)
-            job = ShardJob(name, folder, wanted, claim, self._lock, self.journal)
+            job = ShardJob(
+                name,
+                folder,
+                wanted,
+                claim,
+                self._lock,
+                self.journal,
+                self._copy.send_shard if self._copy else None,
+            )
             undo.pop_all()
         self._held.add(job)
         return job
@@ -272,6 +304,9 @@ class CacheWriter:
                 self.root, self.identity, series, rows, lost, unconditional, prompts
             )
         self.journal.add("manifest", checksum=manifest.checksum, samples=len(rows), failures=len(lost))
+        if self._copy is not None:
+            with self._lock():
+                self._copy.send_cache(manifest)
         return manifest
 
     def _check_complete(

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from cogcache.config.base import CommandConfig, DtypeChoice, setting
+from cogcache.location import LocationField
 
 __all__ = ["EncodeConfig", "ExtractImagesConfig"]
 
@@ -27,8 +28,15 @@ class EncodeConfig(CommandConfig):
     model: str = setting(
         ..., "CogVideoX checkpoint: a local folder in diffusers layout, or a hub id.", panel=_DATA
     )
-    shards: Path | None = setting(
-        None, "Folder for the cache. Default: shards/<name of the data root>.", panel=_CACHE
+    shards: LocationField | None = setting(
+        None,
+        "Folder for the cache, or a URL (s3://, gs://, hf://). Default: shards/<name of the data root>.",
+        panel=_CACHE,
+    )
+    staging: Path | None = setting(
+        None,
+        "Shards at a URL only: folder in which they are made, then sent. Default: one in ~/.cache/cogcache/staging.",
+        panel=_CACHE,
     )
     dataset: Literal["auto", "lists", "metadata", "sidecar"] = setting(
         "auto",

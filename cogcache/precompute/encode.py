@@ -17,15 +17,17 @@ import torch
 
 from cogcache.cache.drop import drop_series
 from cogcache.cache.format import IMAGES, LATENTS, TEXT, FailureRecord, Manifest
+from cogcache.cache.mirror import Mirror
 from cogcache.cache.rounds import fill_in_rounds
 from cogcache.cache.writer import CacheWriter
 from cogcache.config import EncodeConfig
 from cogcache.config_io import save_config
 from cogcache.errors import PartialFailureError
+from cogcache.location import Url
 from cogcache.precompute.clips import ClipWork, plan_clips, text_key
 from cogcache.precompute.datasets import find_clips
 from cogcache.precompute.dry_run import plan_run, tell_plan
-from cogcache.precompute.settings import EncodeSettings, decide
+from cogcache.precompute.settings import EncodeSettings, decide, shards_folder
 from cogcache.precompute.stages import encode_pieces, encode_text
 from cogcache.precompute.text import FrozenText
 from cogcache.precompute.vae import FrozenVae
@@ -74,18 +76,20 @@ def encode(config: EncodeConfig) -> EncodeResult:
 
 def encode_all(config: EncodeConfig) -> EncodeResult:
     """Encode all that is missing and commit; clips that failed are in the result. A dry run only tells its plan."""
+    mirror = _mirror(config)
     if config.dry_run:
         plan = plan_run(config)
         tell_plan(plan, config)
-        shards = config.shards or Path("shards") / config.data_root.resolve().name
-        return EncodeResult(shards, None, plan.unchanged + len(plan.changes), 0, 0, [])
+        return EncodeResult(shards_folder(config), None, plan.unchanged + len(plan.changes), 0, 0, [])
     items = find_clips(config.data_root, config.dataset, config.allow_outside)
     settings = decide(config, items)
     clips = plan_clips(items, settings)
     prompts = plan_validation(settings)
     if config.remake_images:
+        if mirror:
+            mirror.drop(IMAGES)
         drop_series(settings.shards, IMAGES, settings.identity())
-    writer = CacheWriter.open(settings.shards, settings.identity(), settings.config.zarr_compression)
+    writer = CacheWriter.open(settings.shards, settings.identity(), settings.config.zarr_compression, mirror)
     save_config(settings.effective(), settings.shards / "encode.config.yaml")
     work = Work.of(clips, prompts, settings)
     plan_work(writer, work, settings)
@@ -95,6 +99,15 @@ def encode_all(config: EncodeConfig) -> EncodeResult:
     return EncodeResult(
         settings.shards, manifest, len(clips), made[LATENTS], made[TEXT], failures, made.get(IMAGES, 0)
     )
+
+
+def _mirror(config: EncodeConfig) -> Mirror | None:
+    """For a URL, what sends there all that is made, with the staging folder as far as the server is; else None."""
+    if not isinstance(config.shards, Url):
+        return None
+    mirror = Mirror(config.shards, shards_folder(config))
+    mirror.pull()
+    return mirror
 
 
 def _fill(writer: CacheWriter, work: Work, settings: EncodeSettings, series: Collection[str]) -> None:

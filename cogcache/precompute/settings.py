@@ -21,9 +21,11 @@ from cogcache.cache.format import (
     sort_buckets,
 )
 from cogcache.cache.identity import read_identity
+from cogcache.cache.mirror import staging_folder
 from cogcache.config import EncodeConfig
 from cogcache.errors import ConfigError
 from cogcache.geometry import Bucket, parse_bucket, parse_size
+from cogcache.location import Url
 from cogcache.models import Component, pick_device, resolve_model
 from cogcache.precompute.buckets import Placing, choose_buckets
 from cogcache.precompute.paths import ClipItem
@@ -33,7 +35,7 @@ from cogcache.precompute.vae import choose_tiling, vae_fingerprint
 from cogcache.progress import say
 from cogcache.variants import Variant, read_variant, weights_dtype
 
-__all__ = ["SIGMA_LOG_MEAN", "SIGMA_LOG_STD", "EncodeSettings", "decide"]
+__all__ = ["SIGMA_LOG_MEAN", "SIGMA_LOG_STD", "EncodeSettings", "decide", "shards_folder"]
 
 SIGMA_LOG_MEAN, SIGMA_LOG_STD = -3.0, 0.5
 """Noise of the conditioning image in pixels of range -1..1: sigma = exp(N(mean, std))."""
@@ -77,7 +79,9 @@ class EncodeSettings:
             update={
                 "data_root": self.config.data_root.resolve(),
                 "model": self._model_id(),
-                "shards": self.shards.resolve(),
+                "shards": self.config.shards
+                if isinstance(self.config.shards, Url)
+                else self.shards.resolve(),
                 **self._effective_buckets(),
                 "fps": "source" if self.fps is None else repr(self.fps).removesuffix(".0"),
                 "vae_dtype": self.vae_dtype,
@@ -138,6 +142,13 @@ class EncodeSettings:
         return text_fingerprint(self.model_root, self.text_dtype, self.variant.text_length)
 
 
+def shards_folder(config: EncodeConfig) -> Path:
+    """The folder in which the cache is made: as given, by default named after the data root, or a URL's staging."""
+    if isinstance(config.shards, Url):
+        return staging_folder(config.shards, config.staging)
+    return config.shards or Path("shards") / config.data_root.resolve().name
+
+
 def decide(config: EncodeConfig, items: Sequence[ClipItem] = ()) -> EncodeSettings:
     """Fill in what the settings leave to the model, and check it against the model.
 
@@ -152,7 +163,7 @@ def decide(config: EncodeConfig, items: Sequence[ClipItem] = ()) -> EncodeSettin
     variant = read_variant(root)
     if config.remake_images and variant.task != "i2v":
         raise ConfigError("this model is text-to-video: there are no image conditions to remake.")
-    shards = config.shards or Path("shards") / config.data_root.resolve().name
+    shards = shards_folder(config)
     fps = _fps(config.fps, variant)
     buckets = _buckets(config, variant, shards, items, fps)
     device = pick_device(config.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,10 +32,9 @@ def s3_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Serve
 def s3(s3_service: tuple[Server, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """A bucket of its own for each test, credentials in the environment, an empty local cache."""
     server, root = s3_service
-    server.start()
-    bucket = root / tmp_path.name.replace("_", "-").lower()[:40].strip("-")
-    shutil.rmtree(bucket, ignore_errors=True)
+    bucket = root / f"bucket-{len(list(root.iterdir()))}"
     bucket.mkdir()
+    server.restart()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)

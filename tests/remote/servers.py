@@ -49,6 +49,11 @@ class Server:
             time.sleep(0.01)
         raise AssertionError(f"{self._command[0]} does not listen: {self._log.read_text()}")
 
+    def restart(self) -> None:
+        """The S3 server remembers what is in a folder: it must not have run when files were changed behind its back."""
+        self.kill()
+        self.start()
+
     def kill(self) -> None:
         """SIGKILL, as a crash or the kernel would."""
         if self._process:
@@ -70,7 +75,7 @@ def s3_server(root: Path, log: Path) -> Server:
     """An S3 server whose buckets are the folders in ``root``."""
     port, rclone = free_port(), program("rclone")
     assert rclone, "rclone comes with 'scripts/setup dev'"
-    command = [rclone, "serve", "s3", "--config", "", "--dir-cache-time", "0s", "--addr", f"127.0.0.1:{port}"]
+    command = [rclone, "serve", "s3", "--config", "", "--addr", f"127.0.0.1:{port}"]
     return Server(
         [*command, "--auth-key", f"{KEY},{SECRET}", "--force-path-style=true", str(root)], port, log
     )

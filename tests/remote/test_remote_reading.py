@@ -38,6 +38,7 @@ def everything(reader: CacheReader) -> list[tuple[bytes, ...]]:
 
 def publish(cache: Path, place: Place, name: str = "clips") -> str:
     shutil.copytree(cache, place.folder / name)
+    place.server.restart()
     return f"{place.url}/{name}"
 
 
@@ -227,6 +228,7 @@ def test_bytes_that_changed_on_the_server_are_damage(s3: Place, cache: Path, tmp
     assert run(["verify", url]) == 0
     assert run(["verify", url, "--repair"]) == 2
     (s3.folder / "clips" / "samples.jsonl").write_text("{}\n")
+    s3.server.restart()
     with pytest.raises(DamagedCacheError, match=r"samples\.jsonl is missing or not the one"):
         CacheReader(url, RemoteOptions(folder=tmp_path / "empty"))
 
