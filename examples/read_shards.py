@@ -11,7 +11,7 @@ import numpy as np
 
 MANIFEST = {"format", "version", "backend", "model", "series", "tables", "unconditional", "checksum"}
 SHARD = "(-[1-9][0-9]*(x[1-9][0-9]*)*)?-[0-9]{5,9}"
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}
 
 
 def check(truth, what):
@@ -21,15 +21,6 @@ def check(truth, what):
 
 def canonical(value):
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def parse_tensors(data):
-    start, found = 8 + int.from_bytes(data[:8], "little"), {}
-    for name, tensor in json.loads(data[8:start]).items():
-        values = np.frombuffer(data[start:][slice(*tensor["data_offsets"])], DTYPES[tensor["dtype"]])
-        values = (values.astype("<u4") << 16).view("<f4") if tensor["dtype"] == "BF16" else values
-        found[name] = values.reshape(tensor["shape"]).astype(np.float32)
-    return found
 
 
 class Shards:
@@ -47,10 +38,9 @@ class Shards:
 
     def open(self):
         self.manifest = value = json.loads((self.root / "manifest.json").read_bytes())
-        known = (value.get("version"), value.get("backend")) == (1, "webdataset")
-        check(known and value.keys() == MANIFEST, "not a cache of version 1, in tar shards")
+        check((value.get("version"), value.get("backend")) == (1, "webdataset"), "not tar, version 1")
         proof = sha256(canonical({k: v for k, v in value.items() if k != "checksum"})).hexdigest()
-        check(proof == value["checksum"], "the manifest is damaged")
+        check(proof == value["checksum"] and value.keys() == MANIFEST, "the manifest is damaged")
         self.samples, self.failures = self.table("samples.jsonl"), self.table("failures.jsonl")
         self.validation = self.table("validation.jsonl") if "validation.jsonl" in value["tables"] else []
 
@@ -86,12 +76,22 @@ class Shards:
         members = self.places[series][key]
         data = [np.fromfile(tar, "u1", size, offset=offset).tobytes() for tar, offset, size, _ in members]
         check([(len(d), crc32(d)) for d in data] == [m[2:] for m in members], f"{series} {key} is damaged")
-        return parse_tensors(data[0]), json.loads(data[1])
+        start, found = 8 + int.from_bytes(data[0][:8], "little"), {}
+        for name, tensor in json.loads(data[0][8:start]).items():
+            values = np.frombuffer(data[0][start:][slice(*tensor["data_offsets"])], DTYPES[tensor["dtype"]])
+            values = (values.astype("<u4") << 16).view("<f4") if tensor["dtype"] == "BF16" else values
+            found[name] = values.reshape(tensor["shape"]).astype(np.float32)
+        return found, json.loads(data[1])
 
     def __iter__(self):
+        size = 4 if self.manifest["series"]["latents"]["fingerprint"].get("vae_dtype") == "bfloat16" else 2
         for row in self.samples:
-            moments = self.read("latents", row["latents"])[0]["moments"]
-            yield row, moments, self.read("text", row["text"])[0]["prompt_embeds"]
+            found = self.read("latents", row["latents"])[0]
+            if "moments_8bit" in found:
+                low, high, codes = np.split(found["moments_8bit"], 3)
+                mean = ((low + 256 * high) * 256 ** (size - 2)).astype(f"<u{size}").view(f"<f{size}")
+                found["moments"] = np.concatenate([mean, codes * np.float32(50 / 255) - 30])
+            yield row, found["moments"], self.read("text", row["text"])[0]["prompt_embeds"]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from cogcache.cache.format import (
     entry_key,
     sort_buckets,
 )
+from cogcache.cache.moments import MOMENTS_8BIT, pack_moments
 from cogcache.cache.writer import CacheWriter
 from cogcache.geometry import Bucket, Size
 from cogcache.variants import read_variant
@@ -34,15 +35,19 @@ def write_cache(
     seed: int = 0,
     bad: int | None = None,
     prompts: int = 0,
+    packed: bool = False,
 ) -> Path:
     """A cache with one random entry for each of ``clips`` (frames, size); number ``bad`` holds a NaN.
 
-    With ``prompts`` it also has that many for validation, with images of the first clip's size.
+    With ``prompts`` it also has that many for validation, with images of the first clip's size; ``packed`` keeps
+    log-variances in 8 bits.
     """
     variant = read_variant(model)
     source = torch.Generator().manual_seed(seed)
     series = ["latents", "text"] + (["images"] if variant.task == "i2v" else [])
     prints = {name: {"made_by": "test", "seed": seed, "series": name} for name in series}
+    if packed:
+        prints["latents"] |= {"log_variance": "8bit", "vae_dtype": dtype}
     buckets = sort_buckets(str(Bucket.of(*clip)) for clip in clips)
     identity = Identity(model=ModelRecord(id=str(model), variant=variant), series=prints, buckets=buckets)
     entries: dict[tuple[str, str], list[Entry]] = {}
@@ -50,6 +55,8 @@ def write_cache(
     def add(name: str, group: object, number: object, tensors: dict[str, torch.Tensor]) -> str:
         key = entry_key(prints[name], number=number)
         cast = {field: value.to(DTYPES[dtype]) for field, value in tensors.items()}
+        if packed and name == "latents":
+            cast = {MOMENTS_8BIT: pack_moments(cast["moments"])}
         entries.setdefault((name, str(group)), []).append(Entry(key, cast, {"number": str(number)}))
         return key
 

@@ -19,6 +19,7 @@ from cogcache.cache.format import (
     canonical_json,
 )
 from cogcache.cache.keys import image_key, latent_key, text_key
+from cogcache.cache.moments import MOMENTS, MOMENTS_8BIT, moments_of
 from cogcache.cache.names import parse_group
 from cogcache.cache.stored import Contents, entry_of
 from cogcache.geometry import latent_frames
@@ -26,7 +27,7 @@ from cogcache.variants import Variant
 
 __all__ = ["Expectation", "content_fault", "key_of_facts"]
 
-_TENSORS = {LATENTS: "moments", TEXT: "prompt_embeds", IMAGES: "latents"}
+_TENSORS = {LATENTS: MOMENTS, TEXT: "prompt_embeds", IMAGES: "latents"}
 _DTYPES = {LATENTS: "vae_dtype", TEXT: "text_dtype", IMAGES: "vae_dtype"}
 _GROUPS = {LATENTS: "bucket", IMAGES: "size"}
 """Which fact of an entry says its group."""
@@ -66,7 +67,23 @@ class Expectation:
         if self.series == IMAGES:
             return channels, 1, *picture
         length = latent_frames(numbers[0], self.variant.temporal_factor) if numbers else None
-        return 2 * channels, length, *picture
+        return (3 if self.packed else 2) * channels, length, *picture
+
+    @property
+    def packed(self) -> bool:
+        """Whether log-variances have 8 bits."""
+        return self.series == LATENTS and self.fingerprint.get("log_variance") == "8bit"
+
+    @property
+    def tensor(self) -> str | None:
+        """Name of the one tensor of an entry; None for a series that is not known."""
+        return MOMENTS_8BIT if self.packed else _TENSORS.get(self.series)
+
+    @property
+    def dtype(self) -> str | None:
+        """Dtype of that tensor; None where the fingerprint does not tell."""
+        said = self.fingerprint.get(_DTYPES.get(self.series, ""))
+        return "uint8" if self.packed else said if isinstance(said, str) else None
 
     def _numbers(self, facts: Mapping[str, Any]) -> list[int]:
         """The group as numbers; none where it is not known."""
@@ -94,24 +111,32 @@ def content_fault(expected: Expectation, key: str, contents: Contents) -> str:
 
 
 def _tensor_fault(expected: Expectation, entry: Entry) -> str:
-    import torch
-
-    name = _TENSORS.get(expected.series)
+    name = expected.tensor
     try:
         shape = expected.shape(entry.facts)
     except ValueError as error:
         return str(error)
     if name is not None and [*entry.tensors] != [name]:
         return f"it holds the tensors {sorted(entry.tensors)}, not {name!r}"
-    dtype = expected.fingerprint.get(_DTYPES.get(expected.series, ""))
     for tensor in entry.tensors.values():
         if shape is not None and not _fits(tuple(tensor.shape), shape):
             return f"its tensor has the shape {list(tensor.shape)}, not {list(shape)}"
-        if isinstance(dtype, str) and str(tensor.dtype) != f"torch.{dtype}":
-            return f"its tensor is {str(tensor.dtype).removeprefix('torch.')}, not {dtype}"
-        if not bool(torch.isfinite(tensor).all()):
-            return "its tensor holds values that are not finite"
-    return ""
+        if expected.dtype is not None and str(tensor.dtype) != f"torch.{expected.dtype}":
+            return f"its tensor is {str(tensor.dtype).removeprefix('torch.')}, not {expected.dtype}"
+    return _value_fault(expected, entry)
+
+
+def _value_fault(expected: Expectation, entry: Entry) -> str:
+    import torch
+
+    values = [*entry.tensors.values()]
+    if expected.packed:
+        try:
+            values = [moments_of(entry.tensors, expected.fingerprint.get("vae_dtype"))]
+        except ValueError as error:
+            return str(error)
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in values)
+    return "" if finite else "its tensor holds values that are not finite"
 
 
 def _fits(found: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:

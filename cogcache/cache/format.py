@@ -88,7 +88,8 @@ Fingerprint = dict[str, Any]
 class Entry:
     """One cached result.
 
-    ``latents``: ``{"moments": [2C, F, H, W]}``, unscaled posterior mean and log-variance.
+    ``latents``: ``{"moments": [2C, F, H, W]}``, unscaled posterior mean and log-variance, or ``{"moments_8bit":
+    [3C, F, H, W]}``, :mod:`cogcache.cache.moments`.
     ``text``: ``{"prompt_embeds": [L, D]}``. ``images``: ``{"latents": [C, 1, H, W]}``, unscaled.
     ``facts`` is a JSON object (source, frame times, caption...).
     """

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cogcache.cache.backend import backend_of
 from cogcache.cache.damage import mend_hint
 from cogcache.cache.files import storage_errors
 from cogcache.cache.format import (
     FAILURES_FILE,
+    LATENTS,
     MANIFEST_FILE,
     SAMPLES_FILE,
     Entry,
@@ -23,6 +24,7 @@ from cogcache.cache.format import (
     ValidationRecord,
 )
 from cogcache.cache.index import parse_index
+from cogcache.cache.moments import moments_of
 from cogcache.cache.names import is_series, parse_shard
 from cogcache.cache.remote import RemoteOptions, open_storage
 from cogcache.cache.shard import ShardReader
@@ -31,6 +33,9 @@ from cogcache.cache.stored import Contents
 from cogcache.cache.tables import read_manifest, read_table, read_validation
 from cogcache.errors import CacheError, DamagedCacheError
 from cogcache.location import Location, parse_location
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["CacheReader"]
 
@@ -140,6 +145,17 @@ class CacheReader:
             DamagedCacheError: if its bytes are not those that were committed.
         """
         return self._shard(series, key).read(key)
+
+    def moments(self, key: str) -> torch.Tensor:
+        """Posterior moments [2C, F, H, W] of a latent, mean then log-variance, unscaled.
+
+        In the VAE's dtype; float32 where the cache keeps log-variances in 8 bits. Raises as :meth:`read` does.
+        """
+        tensors = self.read(LATENTS, key).tensors
+        try:
+            return moments_of(tensors, self.manifest.series[LATENTS].fingerprint.get("vae_dtype"))
+        except ValueError as error:
+            raise self._damaged(f"entry {key} of latents is none: {error}") from None
 
     def facts(self, series: str, key: str) -> dict[str, Any]:
         """The facts of one entry; its tensors are not read. Raises as :meth:`read` does."""

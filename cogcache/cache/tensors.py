@@ -19,7 +19,7 @@ __all__ = ["Buffer", "dump_tensors", "load_tensors"]
 Buffer = bytes | memoryview
 """Bytes that were read: a ``memoryview`` is writable memory that nobody else uses."""
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
 _LONGEST_HEADER = 1 << 20
 
 
@@ -32,7 +32,9 @@ def dump_tensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def load_tensors(data: Buffer) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, float32, float16 or bfloat16. They share the memory of a writable ``data``.
+    """The tensors of a safetensors file: float32, float16, bfloat16 or uint8.
+
+    They share the memory of a writable ``data``.
 
     Raises:
         ValueError: if it is no such file, whatever lengths it claims.

@@ -27,7 +27,8 @@ RANKS = {LATENTS: 4, TEXT: 2, IMAGES: 4}
 """Number of axes of the tensors of each series: it is part of the name of a data file."""
 _CRC32C = {"name": "crc32c"}
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
-_BFLOAT16_NAN = 0x7FC0
+_NANS = {"uint16": 0x7FC0, "uint8": 0xFF}
+"""What reads as NaN where bits are kept: of bfloat16, and of bytes of a mean, bfloat16 or float16."""
 _ATTRIBUTE = "cogcache"
 
 
@@ -119,7 +120,7 @@ def array_json(array: ZarrArray, slots: int, rows: int, facts: dict[str, Any]) -
         "data_type": kind,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [slots, *array.shape]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": _BFLOAT16_NAN if kind == "uint16" else "NaN",
+        "fill_value": _NANS.get(kind, "NaN"),
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "attributes": {_ATTRIBUTE: {**facts, **array.facts()}},
     }

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["CRC_SIZE", "DTYPES", "LEVEL", "MAX_BYTES", "crc32c", "decode", "encode", "sound"]
 
-DTYPES = {"bfloat16": ("uint16", 2), "float16": ("float16", 2), "float32": ("float32", 4)}
+DTYPES = {
+    "bfloat16": ("uint16", 2),
+    "float16": ("float16", 2),
+    "float32": ("float32", 4),
+    "uint8": ("uint8", 1),
+}
 """Dtype of a tensor -> zarr data type and bytes of a value. Zarr has no bfloat16: its bits are kept."""
 LEVEL = 3
 """Level of zstd: higher ones take long and gain nearly nothing on latents (``benchmarks/records``)."""

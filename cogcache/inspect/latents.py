@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cogcache.cache.format import LATENTS, SampleRecord
+from cogcache.cache.format import SampleRecord
 from cogcache.cache.reader import CacheReader
 from cogcache.inspect.gather import Look
 from cogcache.inspect.statistics import LatentStatistics
@@ -23,7 +23,7 @@ def look_at(reader: CacheReader, pictures: bool, data_root: Path | None) -> Look
     """
 
     def look(row: SampleRecord, facts: Mapping[str, Any]) -> tuple[LatentStatistics, str]:
-        moments = reader.read(LATENTS, row.latents).tensors["moments"].float().numpy()
+        moments = reader.moments(row.latents).float().numpy()
         mean = moments[: len(moments) // 2]
         found = LatentStatistics(
             float(mean.mean(dtype="float64")), float(mean.std(dtype="float64")), mean.size

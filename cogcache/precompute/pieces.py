@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from cogcache.cache.format import Entry
+from cogcache.cache.moments import MOMENTS, MOMENTS_8BIT, pack_moments
 from cogcache.errors import TooShortError, VideoError
 from cogcache.precompute.clips import ClipWork
 from cogcache.precompute.images import ImageSource, encode_draw
@@ -18,8 +19,9 @@ from cogcache.video import Clip, load_clip
 __all__ = ["image_pieces", "latent_piece", "validation_pieces"]
 
 
-def latent_piece(clip: ClipWork) -> Piece[FrozenVae, Clip]:
-    """The work of making a clip's latent entry: ``{"moments": [2C, F', H/8, W/8]}``, unscaled."""
+def latent_piece(clip: ClipWork, settings: EncodeSettings) -> Piece[FrozenVae, Clip]:
+    """The work of making a clip's latent entry: ``{"moments": [2C, F', H/8, W/8]}``, unscaled, or packed."""
+    packed = settings.config.log_variance == "8bit"
 
     def encode(vae: FrozenVae, decoded: Clip) -> Entry:
         moments = vae.encode(decoded.frames.unsqueeze(0))[0]
@@ -32,7 +34,8 @@ def latent_piece(clip: ClipWork) -> Piece[FrozenVae, Clip]:
             "window": clip.window,
             "bucket": str(clip.bucket),
         }
-        return Entry(clip.latents, {"moments": moments}, facts)
+        tensors = {MOMENTS_8BIT: pack_moments(moments)} if packed else {MOMENTS: moments}
+        return Entry(clip.latents, tensors, facts)
 
     def read() -> Clip:
         if clip.sha256.startswith("unreadable"):

@@ -17,6 +17,7 @@ import torch
 from cogcache.cache.damage import Damage, Report
 from cogcache.cache.format import LATENTS, Identity, SampleRecord, digest
 from cogcache.cache.identity import check_buckets, check_same, read_identity
+from cogcache.cache.moments import LOGVAR_RANGE, LOGVAR_SLACK
 from cogcache.cache.reader import CacheReader
 from cogcache.config import EncodeConfig
 from cogcache.config_io import load_config
@@ -141,13 +142,14 @@ def _look(
     vae: FrozenVae,
     decoder: Decoder,
 ) -> None:
-    stored = cache.read(LATENTS, row.latents).tensors["moments"]
+    stored = cache.moments(row.latents)
     try:
         frames_fhwc = load_clip(clip.item.path, clip.request).frames
     except VideoError as trouble:
         report.facts.append(f"{row.source}: {trouble.message}; its latent cannot be compared")
         return
-    error = latent_error(stored, vae.encode(frames_fhwc.unsqueeze(0))[0])
+    slack = LOGVAR_SLACK if settings.config.log_variance == "8bit" else 0.0
+    error = latent_error(stored, vae.encode(frames_fhwc.unsqueeze(0))[0], slack)
     mean_cfhw = stored.chunk(2)[0].float()
     decoded = torch.from_numpy(
         decoder.decode((mean_cfhw * settings.variant.scaling_factor).transpose(0, 1)).copy()
@@ -166,15 +168,21 @@ def _look(
         report.damages.append(Damage(LATENTS, what, key=row.latents, clips=(row.source,)))
 
 
-def latent_error(stored: torch.Tensor, again: torch.Tensor) -> float:
+def latent_error(stored: torch.Tensor, again: torch.Tensor, slack: float = 0.0) -> float:
     """Relative error of posterior moments ``[2C, F, H, W]``: of the means or the log-variances, the larger one.
 
-    Each is ``|stored - again| / |again|`` in the Euclidean norm.
+    Each is ``|stored - again| / |again|`` in the Euclidean norm. A log-variance that may be off by ``slack``, since it
+    was clamped and rounded when it was stored, counts only with what is beyond. To round the other one as well would
+    make a whole step of what lies at the border of two.
     """
     if stored.shape != again.shape:
         return math.inf
-    pairs = zip(stored.float().chunk(2), again.float().chunk(2), strict=True)
-    return max(float((a - b).norm() / b.norm().clamp_min(1e-6)) for a, b in pairs)
+    (mean, logvar), (mean_again, logvar_again) = stored.float().chunk(2), again.float().chunk(2)
+    apart = (logvar - logvar_again).abs()
+    if slack:
+        apart = (logvar - logvar_again.clamp(*LOGVAR_RANGE)).abs().sub(slack).clamp_min(0)
+    pairs = ((mean - mean_again, mean_again), (apart, logvar_again))
+    return max(float(difference.norm() / value.norm().clamp_min(1e-6)) for difference, value in pairs)
 
 
 def _psnr(decoded_fhwc: torch.Tensor, frames_fhwc: torch.Tensor) -> float:

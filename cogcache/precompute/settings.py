@@ -22,6 +22,7 @@ from cogcache.cache.format import (
 )
 from cogcache.cache.identity import read_identity
 from cogcache.cache.mirror import staging_folder
+from cogcache.cache.moments import PACKED_DTYPES
 from cogcache.config import EncodeConfig
 from cogcache.errors import ConfigError
 from cogcache.geometry import Bucket, parse_bucket, parse_size
@@ -119,6 +120,7 @@ class EncodeSettings:
         config = self.config
         return {
             **vae_fingerprint(self.model_root, self.vae_dtype, tiled=self.tiled),
+            "log_variance": config.log_variance,
             "fps": "source" if self.fps is None else self.fps,
             "window": config.window if config.windows == 1 else f"{config.windows} windows",
             "short": config.short,
@@ -168,6 +170,7 @@ def decide(config: EncodeConfig, items: Sequence[ClipItem] = ()) -> EncodeSettin
     buckets = _buckets(config, variant, shards, items, fps)
     device = pick_device(config.device)
     vae_dtype = weights_dtype(root / "vae") if config.vae_dtype == "auto" else config.vae_dtype
+    _check_log_variance(config, vae_dtype)
     text_dtype = weights_dtype(root / "text_encoder") if config.text_dtype == "auto" else config.text_dtype
     return EncodeSettings(
         config=config,
@@ -187,6 +190,14 @@ def decide(config: EncodeConfig, items: Sequence[ClipItem] = ()) -> EncodeSettin
 def _known_backend(shards: Path) -> BackendName:
     """A cache that is there keeps its own."""
     return read_identity(shards).backend if (shards / IDENTITY_FILE).is_file() else "webdataset"
+
+
+def _check_log_variance(config: EncodeConfig, vae_dtype: str) -> None:
+    if config.log_variance == "8bit" and vae_dtype not in PACKED_DTYPES:
+        raise ConfigError(
+            f"--log-variance 8bit is for latents of 16 bits, and these would be {vae_dtype}.",
+            "Add --vae-dtype bfloat16, or leave --log-variance out.",
+        )
 
 
 def _fps(wanted: str, variant: Variant) -> float | None:

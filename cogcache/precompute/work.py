@@ -32,7 +32,9 @@ class Work:
 
     @classmethod
     def of(cls, clips: Sequence[ClipWork], prompts: ValidationPrompts, settings: EncodeSettings) -> Work:
-        pieces: dict[str, Sequence[Piece[Any, Any]]] = {LATENTS: [latent_piece(clip) for clip in clips]}
+        pieces: dict[str, Sequence[Piece[Any, Any]]] = {
+            LATENTS: [latent_piece(clip, settings) for clip in clips]
+        }
         images = [piece for clip in clips for piece in image_pieces(clip, settings)]
         images += validation_pieces(prompts.images, settings)
         if images:
@@ -67,11 +69,10 @@ def _plan(
         groups.setdefault(piece.group, []).append(piece.key)
     for group in sorted(groups, key=parse_group):
         *frames, height, width = parse_group(group)
-        # Latents are kept as mean and log-variance, image conditions as one value.
-        parts = 2 if series == LATENTS else 1
-        values = parts * _product(
-            settings.variant.latent_shape(frames[0] if frames else 1, Size(height, width))
-        )
+        values = _product(settings.variant.latent_shape(frames[0] if frames else 1, Size(height, width)))
+        # Latents are kept as mean and log-variance, of 8 bits beside 16 where wanted; image conditions as one value.
+        if series == LATENTS:
+            values = values * 3 // 2 if settings.config.log_variance == "8bit" else values * 2
         writer.plan(series, groups[group], _per_shard(settings, settings.vae_dtype, values), group)
 
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from cogcache.cache.format import IMAGES, LATENTS, TEXT, SampleRecord
+from cogcache.cache.format import IMAGES, TEXT, SampleRecord
 from cogcache.cache.plan import epoch_batches, share, steps_per_epoch
 from cogcache.cache.reader import CacheReader
 from cogcache.config import TrainConfig
@@ -127,7 +127,7 @@ def read_sample(
     reader: CacheReader, variant: Variant, record: SampleRecord, draws: Draws
 ) -> dict[str, Tensor]:
     """The tensors of one sample by the names of :class:`Batch`, each without its first dimension."""
-    moments = reader.read(LATENTS, record.latents).tensors["moments"]
+    moments = reader.moments(record.latents)
     channels, frames, height, width = variant.latent_channels, *moments.shape[1:]
     padded = padded_frames(frames, variant.patch_size_t)
     row = {

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogcache.cache.moments import LOGVAR_RANGE
 from cogcache.train.positions import rotary_tables
 from cogcache.train.tasks import task_for
 from cogcache.variants import Variant
@@ -32,9 +33,6 @@ __all__ = [
     "sample_posterior",
     "velocity",
 ]
-
-LOGVAR_RANGE = (-30.0, 20.0)
-"""Clamp of the log-variance, as in diffusers' ``DiagonalGaussianDistribution``."""
 
 
 def loss_per_sample(

@@ -18,6 +18,7 @@ from verify_kit import flip, latent_key, tensor_at
 from cogcache.cache.check import check_cache
 from cogcache.cache.format import LATENTS, TEXT, BackendName, Entry, Identity, ZarrCompression
 from cogcache.cache.lines import dump_sealed
+from cogcache.cache.moments import unpack_moments
 from cogcache.cache.reader import CacheReader
 from cogcache.cache.repair import repair_cache
 from cogcache.cache.transfer import export_shards
@@ -135,6 +136,28 @@ def test_every_bit_pattern_survives(
     (sharding,) = json.loads((tmp_path / "text/256/zarr.json").read_bytes())["codecs"]
     names = [codec["name"] for codec in sharding["configuration"]["codecs"]]
     assert names == ["bytes", *(["blosc"] if compression == "zstd" else []), "crc32c"]
+
+
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_bytes_are_kept_and_a_lost_row_of_them_is_no_number(
+    compression: ZarrCompression, tmp_path: Path, fast_disk: FakeOs, stock: Any
+) -> None:
+    """Moments with 8-bit log-variances. Mutation tried, caught: fill value 0."""
+    assert fast_disk
+    packed = torch.arange(12 * 3 * 4 * 6).to(torch.uint8).reshape(12, 3, 4, 6)
+    entries = [Entry(key * 32, {"moments_8bit": packed + n}, {}) for n, key in enumerate("ab")]
+    write(tmp_path, TEXT, [text(0)])
+    write(tmp_path, LATENTS, entries, group="9x32x48", slots=1, compression=compression)
+    array = stock.open_group(str(tmp_path), mode="r")["latents/9x32x48"]
+    assert array.dtype == np.uint8
+    reader = CacheReader(tmp_path)
+    for row, entry in enumerate(entries):
+        assert torch.equal(reader.read(LATENTS, entry.key).tensors["moments_8bit"], packed + row)
+        assert np.array_equal(array[row], (packed + row).numpy())
+    data_file(tmp_path, "latents-9x32x48-00000").unlink()
+    lost = torch.from_numpy(array[0])
+    for dtype in ("bfloat16", "float16"):
+        assert unpack_moments(lost, dtype)[:4].isnan().all()
 
 
 def write(

@@ -9,7 +9,7 @@ import torch
 from stock_pipelines import BATCH, CPU, TIMESTEPS, Stock, normal
 from torch import Tensor
 
-from cogcache.cache.format import IMAGES, LATENTS, Entry, SampleRecord
+from cogcache.cache.format import IMAGES, Entry, SampleRecord
 from cogcache.config import TrainConfig
 from cogcache.train.data import Micro, Samples
 from cogcache.train.model import trainable
@@ -150,8 +150,6 @@ def _shelf(variant: Variant, count: int) -> Samples:
     shape = (2 * variant.latent_channels, 3, 2, 2)
 
     def read(series: str, key: str) -> Entry:
-        if series == LATENTS:
-            return Entry(key, {"moments": torch.zeros(shape)})
         if series == IMAGES:
             return Entry(key, {"latents": torch.full((shape[0] // 2, 1, 2, 2), float(key) + 1)})
         return Entry(key, {"prompt_embeds": torch.full((4, 4), float(key == "text"))})
@@ -164,7 +162,11 @@ def _shelf(variant: Variant, count: int) -> Samples:
         for number in range(count)
     ]  # fmt: skip
     reader: Any = SimpleNamespace(
-        samples=records, read=read, manifest=SimpleNamespace(unconditional="empty"), root="shelf"
+        samples=records,
+        read=read,
+        moments=lambda _: torch.zeros(shape),
+        manifest=SimpleNamespace(unconditional="empty"),
+        root="shelf",
     )
     config = TrainConfig(shards="shelf", caption_dropout=0.4, image_dropout=0.4)  # type: ignore[arg-type]
     samples = Samples(reader, variant, config)

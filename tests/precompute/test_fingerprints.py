@@ -24,7 +24,7 @@ from cogcache.tiny import Family
 
 VAE = {"schema", "vae_weights", "vae_config", "vae_dtype", "vae_tiling", "vae_frame_batch"}
 FIELDS = {
-    "latents": VAE | {"fps", "window", "short", "fit", "interpolation", "reader"},
+    "latents": VAE | {"log_variance", "fps", "window", "short", "fit", "interpolation", "reader"},
     "images": VAE | {"fit", "interpolation", "sigma_log_mean", "sigma_log_std"},
     "text": {"schema", "text_weights", "text_config", "text_tokenizer", "text_dtype", "text_length"},
 }
