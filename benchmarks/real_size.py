@@ -21,15 +21,6 @@ from typing import Annotated, Any
 import typer
 
 CLIPS = Path(__file__).parent.parent / "cogcache" / "demo" / "bunny"
-WIDE = {"attention_head_dim": 64, "time_embed_dim": 512}
-_FIELDS = ("num_layers", "num_attention_heads", "sample_frames", "sample_height", "sample_width")
-SIZES = {
-    "2b": (30, 30, 49, 60, 90),
-    "5b": (42, 48, 49, 60, 90),
-    "5b-i2v": (42, 48, 49, 60, 90),
-    "1.5-5b": (42, 48, 81, 300, 300),
-    "1.5-5b-i2v": (42, 48, 81, 96, 170),
-}
 
 
 def build_model(family: Any, out: Path) -> Path:
@@ -37,22 +28,20 @@ def build_model(family: Any, out: Path) -> Path:
     import torch
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
+    from cogcache.bench.real import real_config
     from cogcache.tiny import build_tiny_model
 
     name = "float16" if family == "2b" else "bfloat16"
     build_tiny_model(out, family, dtype=name)
     transformer = json.loads((out / "transformer" / "config.json").read_text())
     vae = json.loads((out / "vae" / "config.json").read_text())
-    wide = (
-        WIDE
-        | dict(zip(_FIELDS, SIZES[family], strict=True))
-        | ({"ofs_embed_dim": 512} if transformer.get("ofs_embed_dim") else {})
-    )
+    narrow = {"text_embed_dim": transformer["text_embed_dim"]}  # as wide as the tiny text encoder
+    config = real_config(family, transformer) | narrow
     torch.set_default_dtype(getattr(torch, name))
     try:
         with torch.device("cuda"):
             models = {
-                "transformer": CogVideoXTransformer3DModel.from_config(transformer | wide),
+                "transformer": CogVideoXTransformer3DModel.from_config(config),
                 "vae": AutoencoderKLCogVideoX(
                     down_block_types=("CogVideoXDownBlock3D",) * 4,
                     up_block_types=("CogVideoXUpBlock3D",) * 4,

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
 from typer.testing import CliRunner
 
+from cogcache.bench import train as bench_train
 from cogcache.bench.random_cache import random_cache, real_variant
+from cogcache.bench.real import real_config
 from cogcache.cache.reader import CacheReader
 from cogcache.cli import app, run
+from cogcache.tiny import Family
+from cogcache.train.memory.measures import TIERS
+from cogcache.train.model import load_transformer
+from cogcache.variants import Variant, read_variant
 
 
 def test_load_writes_every_row_with_its_share_of_raw(tmp_path: Path) -> None:
@@ -44,3 +55,41 @@ def test_workers_must_be_numbers(workers: str, tmp_path: Path, capsys: pytest.Ca
     assert run(["bench", "load", "--workers", workers, "--work", str(tmp_path)]) == 2
     assert "--workers" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_training_step_needs_a_gpu_and_known_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "train", "--recipes", "small,huge"]) == 2
+    assert "'huge'" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert run(["bench", "train"]) == 2
+        assert "GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["2b", "5b-i2v", "1.5-5b-i2v"])
+def test_real_configs_have_the_published_size(family: Family, tiny_models: Callable[[Family], Path]) -> None:
+    tiny = json.loads((tiny_models(family) / "transformer" / "config.json").read_text())
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel.from_config(real_config(family, tiny))
+    billions = sum(p.numel() for p in model.parameters()) / 1e9
+    assert billions == pytest.approx({"2b": 1.69, "5b-i2v": 5.60, "1.5-5b-i2v": 5.57}[family], rel=0.02)
+
+
+@pytest.mark.parametrize("recipe", ["reference", "plain", "small", "tiny"])
+@pytest.mark.parametrize("family", ["5b", "1.5-5b-i2v"])
+def test_a_row_of_the_training_table(
+    family: Family, recipe: str, tiny_models: Callable[[Family], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tiny model on the CPU in place of the real one, and nothing compiled."""
+
+    def tiny(family: Family, dtype: torch.dtype, device: torch.device) -> tuple[Any, Variant]:
+        root = tiny_models(family)
+        return load_transformer(root, dtype).to(device), read_variant(root)
+
+    plain = {name: replace(measures, compile=False) for name, measures in TIERS.items()}
+    monkeypatch.setattr(bench_train, "real_transformer", tiny)
+    monkeypatch.setattr(bench_train, "TIERS", plain)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    row = bench_train.measure_step(bench_train.RowSettings(recipe, family, "17x64x96", 2, 4, 2))
+    assert row.step_s > 0
+    assert 0.1 < row.loss < 10
+    assert (row.predicted_gib is None) == (recipe in ("reference", "plain"))

@@ -14,11 +14,6 @@ bench_app = typer.Typer(
 )
 
 
-@bench_app.callback()
-def _bench() -> None:
-    """Keeps 'load' a command of its own while it is the only one."""
-
-
 @bench_app.command("load")
 def _load(
     family: Annotated[
@@ -59,5 +54,43 @@ def _load(
         repeats=repeats,
         steps=steps,
         cold=cold,
+        json_out=json_out,
+    )
+
+
+@bench_app.command("train")
+def _train(
+    family: Annotated[
+        Literal["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"], typer.Option(help="Whose size to measure.")
+    ] = "5b",
+    bucket: Annotated[
+        str | None, typer.Option(metavar="FxHxW", help="Clip shape. Default: the family's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Clips a step.", min=1)] = 1,
+    rank: Annotated[int, typer.Option(help="LoRA rank.", min=1)] = 128,
+    recipes: Annotated[
+        str, typer.Option(help="Rows, joined by commas: reference, plain, fast, balanced, small, tiny.")
+    ] = "reference,plain,fast,balanced,small,tiny",
+    steps: Annotated[int, typer.Option(help="Steps timed, after two that are not.", min=1)] = 4,
+    json_out: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write all figures with the machine's facts."),
+    ] = None,
+) -> None:
+    """Time and peak memory of a training step in each memory tier, beside the reference recipe. Needs a GPU.
+
+    The model has its real size and random weights; nothing is downloaded.
+
+    Example:  cogcache bench train --family 5b --recipes reference,small
+    """
+    from cogcache.bench.run import bench_train
+
+    bench_train(
+        family=family,
+        bucket=bucket,
+        batch_size=batch_size,
+        rank=rank,
+        recipes=recipes,
+        steps=steps,
         json_out=json_out,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from cogcache.cache.files import make_folder, storage_errors
 from cogcache.cache.format import MANIFEST_FILE
 from cogcache.cache.reader import CacheReader
 from cogcache.errors import ConfigError
+from cogcache.geometry import parse_bucket
 from cogcache.progress import console
 from cogcache.tiny import Family
+from cogcache.train.memory.measures import TIERS
 
-__all__ = ["bench_load"]
+__all__ = ["bench_load", "bench_train"]
 
 
 def bench_load(
@@ -56,17 +58,74 @@ def bench_load(
     waits = {name: [measure_wait(cache, count, steps) for count in threads] for name, cache in caches.items()}
     facts = machine_facts()
     _tell(readings, waits, facts)
-    if json_out is not None:
-        result = {
-            "facts": facts,
-            "family": family,
-            "clips": clips,
-            "reads": [asdict(reading) for reading in readings],
-            "waiting": {name: [asdict(wait) for wait in found] for name, found in waits.items()},
-        }
-        make_folder(json_out.absolute().parent)
-        with storage_errors(json_out):
-            json_out.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    result = {
+        "family": family,
+        "clips": clips,
+        "reads": [asdict(reading) for reading in readings],
+        "waiting": {name: [asdict(wait) for wait in found] for name, found in waits.items()},
+    }
+    _write(json_out, facts, result)
+
+
+def _write(path: Path | None, facts: Mapping[str, object], result: Mapping[str, object]) -> None:
+    if path is None:
+        return
+    make_folder(path.absolute().parent)
+    with storage_errors(path):
+        path.write_text(json.dumps({"facts": facts, **result}, indent=2) + "\n", "utf-8")
+
+
+def bench_train(
+    *,
+    family: Family,
+    bucket: str | None,
+    batch_size: int,
+    rank: int,
+    recipes: str,
+    steps: int,
+    json_out: Path | None,
+) -> None:
+    """Measure a row for each recipe, print each as it comes, and write them as JSON where asked.
+
+    Raises:
+        ConfigError: if a recipe is not known, or there is no GPU.
+    """
+    import torch
+
+    from cogcache.bench.train import RowSettings, StepRow, rows
+
+    names = [name.strip() for name in recipes.split(",")]
+    unknown = [name for name in names if name not in ("reference", "plain", *TIERS)]
+    if unknown:
+        raise ConfigError(
+            f"{unknown[0]!r:.40} is no recipe.", "Choose from reference, plain, " + ", ".join(TIERS)
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError("a training step of real size is measured on a GPU, and there is none.")
+    shape = str(parse_bucket(bucket)) if bucket else _OWN[family]
+    facts, found, reference = machine_facts(), list[dict[str, object]](), None
+    out = console()
+    out.print(f"{facts['gpu']}, commit {facts['commit']}: {family}, {shape}, batch {batch_size}, rank {rank}")
+    for row in rows([RowSettings(name, family, shape, batch_size, rank, steps) for name in names]):
+        if not isinstance(row, StepRow):
+            out.print(row, markup=False)
+            found.append({"failed": row})
+            continue
+        reference = row.step_s if row.recipe == "reference" else reference
+        speed = f", {reference / row.step_s:.2f}x the reference" if reference else ""
+        predicted = f" (planned {row.predicted_gib:.1f})" if row.predicted_gib else ""
+        out.print(f"{row.recipe}: {row.step_s:.3f} s, {row.peak_gib:.2f} GiB{predicted}{speed}", markup=False)
+        found.append(asdict(row))
+    _write(json_out, facts, {"family": family, "bucket": shape, "rank": rank, "rows": found})
+
+
+_OWN: dict[Family, str] = {
+    "2b": "49x480x720",
+    "5b": "49x480x720",
+    "5b-i2v": "49x480x720",
+    "1.5-5b": "81x768x1360",
+    "1.5-5b-i2v": "81x768x1360",
+}
 
 
 def _numbers(text: str) -> list[int]:

@@ -25,6 +25,7 @@ _LORA = "LoRA"  # settings in this panel make no sense where all weights are tra
 _OPTIM = "Optimisation"
 _CKPT = "Checkpoints and logs"
 _DEVICE = "Device and precision"
+_MEMORY = "Memory and speed"
 _REMOTE = "Shards on a server"
 
 
@@ -106,10 +107,38 @@ class TrainConfig(CommandConfig):
         "Rank, alpha, layers and kind come from it; if it does not say its alpha, from --alpha, else alpha = rank.",
         panel=_LORA,
     )
-    gradient_checkpointing: bool = setting(
-        True,
-        "Recompute blocks in the backward pass: far less memory, about a third more time.",
-        panel=_DEVICE,
+    memory: Literal["auto", "fast", "balanced", "small", "tiny", "plain"] = setting(
+        "auto",
+        "Memory tier; gradients are the same. fast: nothing is computed twice. balanced: attention is kept. small: "
+        "weights and all that is kept in host memory. tiny: the optimizer, too. plain: diffusers' own blocks. "
+        "auto: the fastest that fits.",
+        panel=_MEMORY,
+    )
+    gradient_checkpointing: bool | None = setting(
+        None,
+        "Recompute blocks in the backward pass: far less memory, more time. Default: the tier's; with plain, yes.",
+        panel=_MEMORY,
+    )
+    keep_attention: Literal["no", "device", "host"] | None = setting(
+        None,
+        "Where attention outputs are kept, so that attention is not recomputed. Default: the tier's.",
+        panel=_MEMORY,
+    )
+    keep_inputs: Literal["device", "host"] | None = setting(
+        None, "Where each block's input is kept for the backward pass. Default: the tier's.", panel=_MEMORY
+    )
+    base_weights: Literal["device", "host"] | None = setting(
+        None,
+        "Where the blocks' frozen weights are; from the host they are streamed. Default: the tier's.",
+        panel=_MEMORY,
+    )
+    optimizer_state: Literal["device", "host"] | None = setting(
+        None, "Where the optimizer's state is. Default: the tier's.", panel=_MEMORY
+    )
+    compile: bool | None = setting(
+        None,
+        "Compile the blocks: faster steps after a minute's wait at the first. Default: the tier's, which is yes.",
+        panel=_MEMORY,
     )
     dtype: DtypeChoice = setting(
         "auto",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cogcache.config import TrainConfig
+from cogcache.train.memory.measures import Measures
 from cogcache.train.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 
 if TYPE_CHECKING:
@@ -80,10 +81,12 @@ class PlainEngine:
         transformer: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         dtype: torch.dtype,
+        measures: Measures | None = None,
     ) -> None:
         self.config, self.accelerator, self.parameters = config, accelerator, parameters
-        self.model: nn.Module = accelerator.prepare_model(transformer)
-        self.optimizer = make_optimizer(config, parameters)
+        self.model: nn.Module = accelerator.prepare_model(transformer, device_placement=False)
+        on_host = measures is not None and measures.optimizer == "host"
+        self.optimizer = make_optimizer(config, parameters, on_host=on_host)
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=dtype == torch.float16)
 
     def microbatch(self, last: bool) -> AbstractContextManager[object]:
@@ -134,12 +137,17 @@ def open_engine(
     transformer: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     dtype: torch.dtype,
+    measures: Measures | None = None,
 ) -> Engine:
-    """The engine that the launch asks for. ``transformer`` is on the device of ``accelerator``."""
+    """The engine that the launch asks for. ``transformer`` is where it belongs.
+
+    Args:
+        measures: Memory measures in force; None for diffusers' own blocks.
+    """
     from accelerate import DistributedType
 
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from cogcache.train.zero import ZeroEngine
 
         return ZeroEngine(config, accelerator, transformer, parameters, dtype)
-    return PlainEngine(config, accelerator, transformer, parameters, dtype)
+    return PlainEngine(config, accelerator, transformer, parameters, dtype, measures)

@@ -23,6 +23,7 @@ from cogcache.progress import say
 from cogcache.train.checkpoints import Checkpoint, TrainerState, prune_checkpoints, save_checkpoint
 from cogcache.train.data import Batch, Samples, StepPlan, read_ahead, step_plans
 from cogcache.train.engine import open_engine
+from cogcache.train.memory.measures import Measures
 from cogcache.train.model import trainable
 from cogcache.train.objective import loss_per_sample
 from cogcache.train.report import NoReport, Report, StepResult
@@ -47,6 +48,7 @@ class Trainer:
         run: What decides the numbers of this run (kept in checkpoints).
         tuning: What is trained and how it is written.
         validator: Measures held-out clips and samples videos in between.
+        measures: Memory measures that the blocks run under; None for diffusers' own blocks.
     """
 
     def __init__(
@@ -62,13 +64,14 @@ class Trainer:
         run: dict[str, Any],
         tuning: Tuning,
         validator: Validator,
+        measures: Measures | None = None,
     ) -> None:
         self.config, self.accelerator, self.samples = config, accelerator, samples
         self.transformer, self.scheduler, self.dtype = transformer, scheduler, dtype
         self.output, self.run_record, self.tuning, self.validator = output, run, tuning, validator
         self.device, self.process = accelerator.device, accelerator.process_index
         self.scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
-        self.engine = open_engine(config, accelerator, transformer, trainable(transformer), dtype)
+        self.engine = open_engine(config, accelerator, transformer, trainable(transformer), dtype, measures)
         self.done = 0
 
     def restore(self, checkpoint: Checkpoint) -> None:

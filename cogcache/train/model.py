@@ -46,7 +46,7 @@ def base_dtype(root: Path, choice: str, variant: Variant) -> torch.dtype:
     return torch_dtype(name)
 
 
-def load_transformer(root: Path, dtype: torch.dtype, *, gradient_checkpointing: bool = False) -> nn.Module:
+def load_transformer(root: Path, dtype: torch.dtype) -> nn.Module:
     """Load the transformer alone, frozen, on the CPU.
 
     Raises:
@@ -63,8 +63,6 @@ def load_transformer(root: Path, dtype: torch.dtype, *, gradient_checkpointing: 
             local_files_only=True,
             use_safetensors=True,
         )
-    if gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()  # the non-reentrant kind
     return transformer.requires_grad_(False).train()  # type: ignore[no-any-return]
 
 
@@ -102,9 +100,11 @@ def add_lora(transformer: nn.Module, config: TrainConfig) -> None:
     for name, parameter in trainable(transformer).items():
         parameter.data = parameter.data.float()  # PEFT gives it the base's dtype
         if "lora_A" in name:
+            drawn = torch.empty(parameter.shape)  # on the CPU, so that the values do not depend on the device
             nn.init.kaiming_uniform_(
-                parameter.data, a=math.sqrt(5), generator=generator(config.seed, "lora init", name)
+                drawn, a=math.sqrt(5), generator=generator(config.seed, "lora init", name)
             )
+            parameter.data.copy_(drawn)
     load_init_lora(transformer, config)
 
 

@@ -9,13 +9,21 @@ from torch import Tensor, nn
 
 from cogcache.config import TrainConfig
 from cogcache.errors import CheckpointError
+from cogcache.train.memory.optimizer import HostAdamW
 
 __all__ = ["check_optimizer_state", "load_optimizer_state", "make_optimizer", "optimizer_state"]
 
 
-def make_optimizer(config: TrainConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW as configured; the learning rate is set anew before every step."""
-    return torch.optim.AdamW(
+def make_optimizer(
+    config: TrainConfig, parameters: Mapping[str, nn.Parameter], *, on_host: bool = False
+) -> torch.optim.AdamW:
+    """AdamW as configured; the learning rate is set anew before every step.
+
+    Args:
+        on_host: Keep its state in host memory.
+    """
+    kind = HostAdamW if on_host else torch.optim.AdamW
+    return kind(
         parameters.values(),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -28,6 +36,8 @@ def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
     """Every state tensor as ``<parameter>.<name>`` (``exp_avg``, ``exp_avg_sq``, ``step``), on the CPU."""
+    if isinstance(optimizer, HostAdamW):
+        optimizer.settle()
     return {
         f"{name}.{key}": value.detach().cpu().contiguous()
         for name, parameter in parameters.items()
@@ -63,6 +73,9 @@ def load_optimizer_state(
     for full_name, value in state.items():
         name, key = full_name.rsplit(".", 1)
         parameter = parameters[name]
+        if isinstance(optimizer, HostAdamW):
+            optimizer.state_of(parameter)[key].copy_(value)
+            continue
         # AdamW counts steps on the CPU; the moments live beside their parameter.
         optimizer.state[parameter][key] = (
             value.clone() if key == "step" else value.to(parameter.device, copy=True)

@@ -16,6 +16,7 @@ from cogcache.train.data import Samples
 from cogcache.train.devices import open_accelerator, set_matmul_precision
 from cogcache.train.holdout import split_holdout
 from cogcache.train.loop import Trainer
+from cogcache.train.memory import place_blocks
 from cogcache.train.metrics import check_trackers
 from cogcache.train.model import base_dtype, load_scheduler, load_transformer
 from cogcache.train.run import (
@@ -85,10 +86,11 @@ def train(config: TrainConfig) -> TrainResult:
 
     provenance = provenance_of(model_id, variant, reader.manifest, samples.records)
     tuning = tuning_for(config, provenance, accelerator.device, dtype)
-    transformer = load_transformer(root, tuning.held_in, gradient_checkpointing=config.gradient_checkpointing)
+    transformer = load_transformer(root, tuning.held_in)
     tuning.prepare(transformer)
     set_matmul_precision(accelerator.device, dtype)
-    transformer, scheduler = transformer.to(accelerator.device), load_scheduler(root)
+    measures = place_blocks(config, accelerator, transformer, samples)
+    scheduler = load_scheduler(root)
     validator = Validator(
         config,
         accelerator,
@@ -113,6 +115,7 @@ def train(config: TrainConfig) -> TrainResult:
         run=run,
         tuning=tuning,
         validator=validator,
+        measures=measures,
     )
     if checkpoint:
         trainer.restore(checkpoint)

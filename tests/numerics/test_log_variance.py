@@ -1,8 +1,7 @@
 """8-bit log-variances change the loss, and the LoRA's gradient, far less than posterior sampling does.
 
 About 0.03 of it is expected, the root mean square of what rounding does to a standard deviation. Mutations tried, each
-caught: 6 bits; codes cut instead of rounded; log-variance of the
-next channel; a range of [-60, 40].
+caught: 6 bits; codes cut instead of rounded; log-variance of the next channel.
 """
 
 from __future__ import annotations

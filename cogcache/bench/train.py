@@ -1,0 +1,174 @@
+"""``cogcache bench train``: a training step of each memory tier beside the reference recipe's.
+
+The *reference* keeps the base in float32 and runs it under bfloat16 autocast with full checkpointing, as the published
+trainers do. Each row runs in a process of its own, so that no memory of another counts; all rows follow each other in
+one run of the command.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogcache.bench.real import real_transformer
+from cogcache.config import TrainConfig
+from cogcache.geometry import Bucket
+from cogcache.tiny import Family
+from cogcache.train.devices import set_matmul_precision
+from cogcache.train.memory.blocks import install
+from cogcache.train.memory.estimate import estimate, workload_of
+from cogcache.train.memory.measures import TIERS, Measures
+from cogcache.train.model import add_lora, trainable
+from cogcache.train.objective import loss_per_sample, padded_frames
+from cogcache.train.optimizer import make_optimizer
+
+__all__ = ["RowSettings", "StepRow", "measure_step", "rows"]
+
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """One row: ``recipe`` is ``reference``, ``plain`` or a tier."""
+
+    recipe: str
+    family: Family
+    bucket: str
+    batch_size: int
+    rank: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """What a row gave. Memory in GiB at the peak of the measured steps; ``predicted`` is what the planner expects.
+
+    ``first_step_s`` holds the compilation.
+    """
+
+    recipe: str
+    batch_size: int
+    step_s: float
+    peak_gib: float
+    predicted_gib: float | None
+    first_step_s: float
+    loss: float
+
+
+def rows(settings: list[RowSettings]) -> Iterator[StepRow | str]:
+    """Measure each in a process of its own; text where one failed, its last line."""
+    for one in settings:
+        command = [sys.executable, "-m", "cogcache.bench.train", json.dumps(asdict(one))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if done.returncode or not lines:
+            yield f"{one.recipe}: " + (done.stderr.strip().splitlines() or ["no result"])[-1]
+        else:
+            yield StepRow(**json.loads(lines[-1]))
+
+
+def measure_step(settings: RowSettings) -> StepRow:
+    """Time optimizer steps and take their peak of memory, which only a GPU tells."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reference = settings.recipe == "reference"
+    native = torch.float16 if settings.family == "2b" else torch.bfloat16
+    transformer, variant = real_transformer(settings.family, torch.float32 if reference else native, device)
+    config = TrainConfig(shards=Path("unused"), rank=settings.rank)
+    add_lora(transformer, config)
+    set_matmul_precision(device, native)
+    measures = TIERS.get(settings.recipe)  # type: ignore[call-overload]
+    predicted = _prepare(transformer, variant, measures, settings, device)
+    optimizer = make_optimizer(
+        config, trainable(transformer), on_host=measures is not None and measures.optimizer == "host"
+    )
+    forward = _forward(transformer, variant, settings, device)
+
+    def step() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16) if reference else nullcontext():
+            loss = forward()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trainable(transformer).values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    started = time.perf_counter()
+    loss = float(step().detach())
+    first = time.perf_counter() - started
+    for _ in range(_WARM_UP - 1):
+        step()
+    _wait(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    for _ in range(settings.steps):
+        step()
+    _wait(device)
+    seconds = (time.perf_counter() - started) / settings.steps
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    return StepRow(settings.recipe, settings.batch_size, seconds, peak, predicted, first, loss)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _prepare(
+    transformer: Any, variant: Any, measures: Measures | None, settings: RowSettings, device: torch.device
+) -> float | None:
+    if measures is None:
+        transformer.enable_gradient_checkpointing()
+        return None
+    bucket = _bucket(settings)
+    load = workload_of(transformer, variant, [bucket], settings.batch_size)
+    if measures.weights == "host":
+        transformer.to("cpu")
+    install(transformer, measures, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return estimate(load, measures).device / 2**30
+
+
+def _bucket(settings: RowSettings) -> Bucket:
+    frames, height, width = map(int, settings.bucket.split("x"))
+    return Bucket(frames, height, width)
+
+
+def _forward(
+    transformer: Any, variant: Any, settings: RowSettings, device: torch.device
+) -> Callable[[], Tensor]:
+    from diffusers import CogVideoXDDIMScheduler
+
+    scheduler = CogVideoXDDIMScheduler(
+        rescale_betas_zero_snr=True, prediction_type="v_prediction", snr_shift_scale=variant.snr_shift_scale
+    )
+    source = torch.Generator(device).manual_seed(0)
+    bucket, batch = _bucket(settings), settings.batch_size
+    c, f, h, w = variant.latent_shape(bucket.frames, bucket.size)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=source, device=device)
+
+    values: dict[str, Any] = {
+        "noise_bpchw": normal(padded_frames(f, variant.patch_size_t), c, h, w),
+        "timesteps_b": torch.full((batch,), 500, device=device),
+        "posterior_noise_bcfhw": normal(c, f, h, w),
+        "image_latents_bcfhw": normal(c, 1, h, w) if variant.task == "i2v" else None,
+    }
+    moments, prompts = normal(2 * c, f, h, w), normal(variant.text_length, variant.text_dim)
+    return lambda: loss_per_sample(transformer, scheduler, moments, prompts, variant=variant, **values).mean()
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(measure_step(RowSettings(**json.loads(sys.argv[1]))))))

@@ -1,0 +1,147 @@
+"""A ``CogVideoXBlock`` cut at its attention: what comes before and what comes after, as pure functions.
+
+Together with attention between them they compute what ``CogVideoXBlock.forward`` with ``CogVideoXAttnProcessor2_0`` of
+diffusers computes, operation by operation; a test holds them against it bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
+
+__all__ = ["Pieces", "Rotary", "can_skip_last", "pieces"]
+
+Rotary: TypeAlias = tuple[Tensor, Tensor] | None
+_RECOMPILE_LIMIT = 64
+
+
+class Pieces(NamedTuple):
+    """:func:`before`, :func:`after`, :func:`middle` and :func:`skip_last`, compiled or not."""
+
+    before: Callable[..., Any]
+    after: Callable[..., Any]
+    middle: Callable[..., Any]
+    skip_last: Callable[..., Any]
+
+
+def pieces(*, compiled: bool) -> Pieces:
+    """The parts of a block. Compiled once for all blocks of one shape, with and without a gradient."""
+    if not compiled:
+        return Pieces(before, after, middle, skip_last)
+    import torch._dynamo
+
+    # Each bucket, with and without a gradient, is a compilation of its own.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    return Pieces(*(torch.compile(piece, dynamic=False) for piece in (before, after, middle, skip_last)))
+
+
+def before(
+    block: Any, hidden: Tensor, text: Tensor, temb: Tensor, rotary: Rotary
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [B, H, L + S, D] of a block.
+
+    Args:
+        hidden: Video tokens [B, S, dim].
+        text: Text tokens [B, L, dim].
+        temb: Embedding of timestep (and ofs) [B, time_embed_dim].
+        rotary: Cosine and sine tables [S, D], or None.
+    """
+    attention = block.attn1
+    normed, normed_text, _, _ = block.norm1(hidden, text, temb)
+    tokens = torch.cat([normed_text, normed], dim=1)
+    query = _heads(linear(attention.to_q, tokens), attention.heads)
+    key = _heads(linear(attention.to_k, tokens), attention.heads)
+    value = _heads(linear(attention.to_v, tokens), attention.heads)
+    if attention.norm_q is not None:
+        query, key = attention.norm_q(query), attention.norm_k(key)
+    if rotary is not None:
+        length = text.shape[1]
+        query, key = _rotate(query, rotary, length), _rotate(key, rotary, length)
+    return query, key, value
+
+
+def _heads(tokens: Tensor, heads: int) -> Tensor:
+    return tokens.view(*tokens.shape[:2], heads, -1).transpose(1, 2)
+
+
+def _rotate(states: Tensor, rotary: Rotary, length: int) -> Tensor:
+    return torch.cat([states[:, :, :length], apply_rotary_emb(states[:, :, length:], rotary)], dim=2)
+
+
+def after(block: Any, hidden: Tensor, text: Tensor, temb: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """Video and text tokens behind the block, from its input and the attention output [B, H, L + S, D]."""
+    hidden, text, inner, gate, text_gate = middle(block, hidden, text, temb, attended)
+    tokens, length = linear(block.ff.net[2], inner), text.shape[1]
+    return hidden + gate * tokens[:, length:], text + text_gate * tokens[:, :length]
+
+
+def middle(
+    block: Any, hidden: Tensor, text: Tensor, temb: Tensor, attended: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`after` up to the last projection: video and text tokens, the feed-forward's inner activation
+    [B, L + S, 4 dim], and the gates [B, 1, dim] of its output for video and text.
+    """
+    length = text.shape[1]
+    chunks = block.norm1.linear(block.norm1.silu(temb)).chunk(6, dim=1)
+    gate, text_gate = chunks[2][:, None, :], chunks[5][:, None, :]
+    projection, dropout = block.attn1.to_out
+    tokens = dropout(linear(projection, attended.transpose(1, 2).flatten(2)))
+    hidden = hidden + gate * tokens[:, length:]
+    text = text + text_gate * tokens[:, :length]
+
+    normed, normed_text, gate, text_gate = block.norm2(hidden, text, temb)
+    activation, dropout = block.ff.net[:2]
+    inner = dropout(activation(torch.cat([normed_text, normed], dim=1)))
+    return hidden, text, inner, gate, text_gate
+
+
+def can_skip_last(block: Any, temb: Tensor) -> bool:
+    """Whether :func:`skip_last` holds for the block: nothing in its last projection or in its gates is trained."""
+    parts = (block.ff.net[2], block.norm2.linear)
+    return not temb.requires_grad and not any(p.requires_grad for part in parts for p in part.parameters())
+
+
+def skip_last(block: Any, grad_hidden: Tensor, grad_text: Tensor, gate: Tensor, text_gate: Tensor) -> Tensor:
+    """Gradient of the inner activation of :func:`middle` from those of the block's outputs.
+
+    The last projection is linear, so its output, a tenth of the block's products, need not be computed again for it.
+    """
+    weight: Tensor = block.ff.net[2].weight
+    return torch.cat([text_gate * grad_text, gate * grad_hidden], dim=1) @ weight
+
+
+def linear(layer: Any, tokens: Tensor) -> Tensor:
+    """A linear layer with or without a plain LoRA, whose products are computed in the dtype of ``tokens``.
+
+    PEFT computes them in the float32 of the LoRA's weights; for bfloat16 tokens that doubles memory traffic and costs
+    5% of a step, to no avail: tokens and result are rounded to bfloat16 anyway. The weights stay float32, and so do
+    their gradients when they are added up.
+    """
+    lora = _plain_lora(layer)
+    if lora is None:
+        return layer(tokens)  # type: ignore[no-any-return]
+    down, up, scale = lora
+    base: Tensor = layer.base_layer(tokens)
+    low = F.linear(tokens, down.to(tokens.dtype))
+    return base + F.linear(low, up.to(tokens.dtype)) * scale
+
+
+def _plain_lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """(A, B, scale) of a layer's one LoRA; None where PEFT has more to do: dropout, DoRA, several, merged or off."""
+    names = getattr(layer, "active_adapters", None)
+    if names is None or layer.disable_adapters or layer.merged or len(names) != 1:
+        return None
+    (name,) = names
+    if (
+        name not in layer.lora_A
+        or name in layer.lora_variant
+        or not isinstance(layer.lora_dropout[name], nn.Identity)
+    ):
+        return None
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    return (down.weight, up.weight, layer.scaling[name]) if up.bias is None else None

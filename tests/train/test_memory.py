@@ -1,0 +1,322 @@
+"""Memory measures change where things are kept, never what is computed.
+
+On the CPU all arithmetic is the same, so losses, gradients and whole runs are compared bit for bit with diffusers' own
+blocks. Mutations tried, each caught: gradients of a block's two parts not added; the weights of another block used; key
+and value exchanged in attention's backward pass; the last projection skipped where it is trained; the wrong gate on the
+text's gradient; the optimizer's step count not kept. What streams and events do is not seen on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cogcache.config import TrainConfig
+from cogcache.errors import ConfigError
+from cogcache.geometry import Bucket, Size
+from cogcache.tiny import Family
+from cogcache.train import train
+from cogcache.train.memory.blocks import BlockRunner, install
+from cogcache.train.memory.choose import choose_measures
+from cogcache.train.memory.estimate import Need, Workload, estimate, workload_of
+from cogcache.train.memory.host import CopyStreams, HostPool
+from cogcache.train.memory.measures import TIERS, Measures
+from cogcache.train.model import add_lora, load_scheduler, load_transformer, trainable
+from cogcache.train.objective import loss_per_sample, padded_frames
+from cogcache.variants import read_variant
+
+Settings = Callable[..., TrainConfig]
+Models = Callable[[Family], Path]
+
+CPU = torch.device("cpu")
+FAMILIES: list[Family] = ["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"]
+MEASURES = {
+    "recompute all": Measures(),
+    "keep all": Measures(recompute=False),
+    "attention on the device": Measures(attention="device"),
+    "inputs on the host": Measures(inputs="host"),
+    "weights on the host": Measures(weights="host"),
+    "all on the host": Measures(attention="host", inputs="host", weights="host"),
+}
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+EVERYWHERE = [
+    *ATTENTION,
+    "ff.net.0.proj",
+    "ff.net.2",
+    "norm1.linear",
+    "norm2.linear",
+    "time_embedding.linear_1",
+]
+
+
+def with_lora(root: Path, targets: list[str]) -> Any:
+    transformer = load_transformer(root, torch.float32)
+    add_lora(transformer, TrainConfig(shards=Path("unused"), rank=3, alpha=2.0, target_modules=targets))
+    for number, (name, parameter) in enumerate(trainable(transformer).items()):
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+    return transformer
+
+
+def losses(transformer: Any, root: Path, steps: int) -> Iterator[Tensor]:
+    variant, scheduler = read_variant(root), load_scheduler(root)
+    shape = variant.latent_shape(variant.sample_frames, variant.default_size)
+    c, f, h, w = shape
+    for step in range(steps):
+        source = torch.Generator().manual_seed(step)
+
+        def normal(*shape: int, source: torch.Generator = source) -> Tensor:
+            return torch.randn(shape, generator=source)
+
+        yield loss_per_sample(
+            transformer,
+            scheduler,
+            normal(2, 2 * c, f, h, w),
+            normal(2, variant.text_length, variant.text_dim),
+            noise_bpchw=normal(2, padded_frames(f, variant.patch_size_t), c, h, w),
+            timesteps_b=torch.tensor([(100 + 37 * step) % 1000, 900]),
+            variant=variant,
+            posterior_noise_bcfhw=normal(2, c, f, h, w),
+            image_latents_bcfhw=normal(2, c, 1, h, w) if variant.task == "i2v" else None,
+        )
+
+
+def gradients(transformer: Any, root: Path, steps: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Losses of some microbatches, and their gradients added up."""
+    found = []
+    for loss_b in losses(transformer, root, steps):
+        loss_b.sum().backward()
+        found.append(loss_b.detach())
+    return found, {name: p.grad for name, p in trainable(transformer).items() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [*((family, ATTENTION) for family in FAMILIES), ("5b", EVERYWHERE), ("1.5-5b-i2v", EVERYWHERE)],
+    ids=[*FAMILIES, "5b everywhere", "1.5-5b-i2v everywhere"],
+)
+def test_gradients_are_those_of_the_stock_blocks(
+    family: Family, targets: list[str], tiny_models: Models
+) -> None:
+    root = tiny_models(family)
+    expected_losses, expected = gradients(with_lora(root, targets), root, 2)
+    assert len(expected) == len(trainable(with_lora(root, targets)))
+    for name, measures in MEASURES.items():
+        transformer = with_lora(root, targets)
+        install(transformer, measures, CPU)
+        found_losses, found = gradients(transformer, root, 2)
+        assert all(map(torch.equal, found_losses, expected_losses)), name
+        assert found.keys() == expected.keys()
+        for parameter, grad in found.items():
+            if targets == ATTENTION:
+                assert torch.equal(grad, expected[parameter]), (name, parameter)
+            else:  # gradients that two parts of a block share are added in another order
+                torch.testing.assert_close(grad, expected[parameter], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["5b", "1.5-5b-i2v"])
+def test_twenty_steps_are_the_same(
+    family: Family, settings: Settings, make_cache: Callable[..., Path], metrics: Any, tmp_path: Path
+) -> None:
+    """With accumulation, batches of two buckets, and validation in between.
+
+    Matrix products may round differently where weights begin at another address, so tiers that move them to the host
+    are equal to each other, and to the rest but for rounding.
+    """
+    clips = [(9, Size(32, 48))] * 3 + ([(17, Size(32, 48))] * 2 if family == "5b" else [])
+    shards = make_cache(family, clips)
+    common = {"shards": shards, "steps": 20, "batch_size": 2, "grad_accum": 2, "lr": 1e-3}
+    common |= {"gradient_checkpointing": None, "holdout": "20%", "validate_every": 10, "rank": 4}
+    runs = {}
+    for tier in ("plain", "fast", "balanced", "small", "tiny"):
+        extra = {} if tier == "plain" else {"compile": False}
+        result = train(settings(**common, memory=tier, output=tmp_path / tier, **extra))
+        runs[tier] = load_file(result.lora), metrics(result.output)
+    for tier, same in (("fast", "plain"), ("balanced", "plain"), ("tiny", "small")):
+        assert runs[tier][1] == runs[same][1], tier
+        assert all(torch.equal(tensor, runs[same][0][name]) for name, tensor in runs[tier][0].items()), tier
+    for line, other in zip(runs["small"][1], runs["plain"][1], strict=True):
+        assert line.keys() == other.keys()
+        for name in line.keys() & {"loss", "grad_norm", "validation_loss"}:
+            assert line[name] == pytest.approx(other[name], rel=1e-4), name
+
+
+def test_a_run_goes_on_under_another_tier(settings: Settings, tmp_path: Path) -> None:
+    common = {"checkpoint_every": 2, "gradient_checkpointing": None, "compile": False}
+    whole = train(settings(**common, steps=6, memory="small", output=tmp_path / "whole"))
+    part = {**common, "output": tmp_path / "parts"}
+    train(settings(**part, steps=2, memory="tiny"))
+    train(settings(**part, steps=4, memory="small", resume="latest"))
+    done = train(settings(**part, steps=6, memory="tiny", resume="latest"))
+    assert done.lora.read_bytes() == whole.lora.read_bytes()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_differ_by_rounding_only(tiny_models: Models) -> None:
+    root = tiny_models("5b")
+    _, expected = gradients(with_lora(root, ATTENTION), root, 2)
+    for measures in (TIERS["fast"], TIERS["small"]):
+        transformer = with_lora(root, ATTENTION)
+        install(transformer, measures, CPU)
+        _, found = gradients(transformer, root, 2)
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_without_gradient_the_model_is_the_same(tiny_models: Models) -> None:
+    root = tiny_models("5b")
+    with torch.no_grad():
+        (expected,) = losses(with_lora(root, ATTENTION), root, 1)
+        for measures in MEASURES.values():
+            transformer = with_lora(root, ATTENTION)
+            install(transformer, measures, CPU)
+            (found,) = losses(transformer, root, 1)
+            assert torch.equal(found, expected)
+
+
+def test_host_weights_leave_nothing_behind_and_lose_nothing(tiny_models: Models) -> None:
+    root = tiny_models("5b")
+    transformer = with_lora(root, ATTENTION)
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    install(transformer, MEASURES["all on the host"], CPU)
+    gradients(transformer, root, 2)
+    after = transformer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_forward_pass_without_backward_does_no_harm(tiny_models: Models) -> None:
+    """An exception between forward and backward, then the next step."""
+    root = tiny_models("5b")
+    _, expected = gradients(with_lora(root, ATTENTION), root, 1)
+    transformer = with_lora(root, ATTENTION)
+    install(transformer, MEASURES["all on the host"], CPU)
+    list(losses(transformer, root, 1))
+    _, found = gradients(transformer, root, 1)
+    assert all(torch.equal(grad, expected[name]) for name, grad in found.items())
+
+
+def test_the_pool_reuses_buffers_and_keeps_odd_layouts() -> None:
+    pool = HostPool(CopyStreams(CPU))
+    base = torch.randn(3, 8, 5)
+    for tensor in (base.transpose(0, 2), base[:, 2:6], base.to(torch.bfloat16), base[0, 0]):
+        assert torch.equal(pool.get(pool.put(tensor)), tensor)
+    taken = pool.bytes
+    kept = [pool.put(base), pool.put(base + 1)]
+    assert pool.bytes == taken + base.nbytes  # one of the two sizes had a free buffer of its own
+    assert torch.equal(pool.get(kept[1]), base + 1)
+    assert torch.equal(pool.get(kept[0]), base)
+    for _ in range(3):
+        pool.get(pool.put(base))
+    assert pool.bytes == taken + base.nbytes
+
+
+def workload(tiny_models: Models, batch_size: int = 2) -> tuple[Any, Workload]:
+    root = tiny_models("5b")
+    transformer = with_lora(root, ATTENTION)
+    variant = read_variant(root)
+    return transformer, workload_of(transformer, variant, [Bucket(9, 32, 48), Bucket(17, 64, 96)], batch_size)
+
+
+def test_the_workload_is_counted_from_the_largest_bucket(tiny_models: Models) -> None:
+    transformer, load = workload(tiny_models)
+    tokens = 5 * 4 * 6 + 226
+    assert (load.layers, load.unit) == (3, 2 * tokens * 96 * 4)
+    assert load.logsumexp == 2 * tokens * 6 * 4
+    sizes = [t.nbytes for t in [*transformer.parameters(), *transformer.buffers()]]
+    assert load.blocks + load.others + load.trained == sum(sizes)
+
+
+def test_each_measure_moves_what_it_says(tiny_models: Models) -> None:
+    _, load = workload(tiny_models)
+    base = estimate(load, Measures())
+    host = estimate(load, Measures(weights="host"))
+    assert base.device - host.device == load.blocks - 2 * load.blocks // load.layers
+    assert host.host == load.blocks
+    moved = base.device - estimate(load, Measures(inputs="host")).device
+    assert (load.layers - 3) * load.unit < moved < load.layers * load.unit
+    kept = estimate(load, Measures(attention="device"))
+    assert kept.device - base.device == load.layers * (load.unit + load.logsumexp)
+    assert estimate(load, TIERS["tiny"]).host == estimate(load, TIERS["small"]).host + 2 * load.trained
+
+
+GIB = 2**30
+BIG = Workload(
+    layers=42, blocks=10 * GIB, others=GIB // 8, trained=GIB // 2, unit=GIB // 10, logsumexp=GIB // 300
+)
+PLENTY = 256 * GIB
+
+
+def tier_for(config: TrainConfig, device: float, host: float = PLENTY) -> str:
+    return choose_measures(config, BIG, Need(int(device * GIB), int(host)))[0]
+
+
+def test_estimates_are_what_was_measured() -> None:
+    """5B, 49x480x720, rank 128, batch 1, on an H200: benchmarks/records/2026-11-22-tiers.md."""
+    load = Workload(
+        layers=42, blocks=int(10.34 * GIB), others=int(0.08 * GIB), trained=132120576 * 4, unit=17776 * 3072 * 2,
+        logsumexp=17776 * 48 * 4,
+    )  # fmt: skip
+    for tier, gib in {"fast": 73.9, "balanced": 18.4, "small": 4.78, "tiny": 3.78}.items():
+        assert estimate(load, TIERS[tier]).device / GIB == pytest.approx(gib, rel=0.03), tier
+
+
+def test_auto_takes_the_fastest_that_fits(settings: Settings) -> None:
+    config = settings(gradient_checkpointing=None)
+    assert [tier_for(config, gib) for gib in (140, 40, 12, 4.5)] == ["fast", "balanced", "small", "tiny"]
+    needs = [estimate(BIG, measures).device for measures in TIERS.values()]
+    assert needs == sorted(needs, reverse=True)
+
+
+def test_auto_refuses_with_what_each_would_need(settings: Settings) -> None:
+    config = settings(gradient_checkpointing=None)
+    with pytest.raises(ConfigError, match="no memory tier fits") as caught:
+        tier_for(config, 2)
+    assert all(tier in caught.value.message for tier in TIERS)
+    with pytest.raises(ConfigError, match="host memory"):
+        tier_for(config, 12, host=4 * GIB)  # the GPU has room for 'small', the host has not
+    assert tier_for(settings(memory="small", gradient_checkpointing=None), 1) == "small"
+
+
+def test_single_flags_change_a_tier(settings: Settings) -> None:
+    config = settings(
+        memory="small", gradient_checkpointing=None, keep_attention="no", base_weights="device", compile=False
+    )
+    _, measures, _ = choose_measures(config, BIG, Need(PLENTY, PLENTY))
+    assert measures == replace(TIERS["small"], attention=None, weights="device", compile=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memory": "small", "lora_dropout": 0.1}, "--lora-dropout"),
+        ({"memory": "plain", "compile": True}, "--compile"),
+        ({"memory": "auto", "keep_inputs": "host"}, "--keep-inputs"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    settings: Settings, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(settings(gradient_checkpointing=None, **changes))
+
+
+def test_the_runner_is_what_runs(tiny_models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all of the above would compare the stock blocks with themselves."""
+    calls = []
+    forward = BlockRunner.forward
+    monkeypatch.setattr(
+        BlockRunner, "forward", lambda self, index, *rest: calls.append(index) or forward(self, index, *rest)
+    )
+    root = tiny_models("5b")
+    transformer = with_lora(root, ATTENTION)
+    install(transformer, MEASURES["recompute all"], CPU)
+    gradients(transformer, root, 1)
+    assert calls == [0, 1, 2]
