@@ -10,7 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cogcache.cache.http import fetch_part, fetch_whole
 from cogcache.cache.patience import Patience
+from cogcache.cache.regular import LARGEST_FILE
 from cogcache.errors import CacheError
 from cogcache.location import Url
 
@@ -26,6 +28,7 @@ _PACKAGES = {
 }
 """Module and extra that each protocol needs."""
 
+_HTTP = ("http", "https")
 _CONNECT_S, _READ_S = 10, 60
 
 _SETTINGS = ("AWS_", "FSSPEC_", "GOOGLE_", "HF_")
@@ -54,7 +57,9 @@ class Connection:
         return f"{self._root}/{name}"
 
     def read(self, name: str) -> bytes:
-        """A whole file."""
+        """A whole file of at most :data:`~cogcache.cache.regular.LARGEST_FILE` bytes."""
+        if self._url.protocol in _HTTP:
+            return self._call(fetch_whole, self._fs, self._url / name, LARGEST_FILE)
         return bytes(self._call(self._fs.cat_file, self._path(name)))
 
     def size(self, name: str) -> int | None:
@@ -69,22 +74,9 @@ class Connection:
         """``size`` bytes from ``start``; fewer only at the end of the file. Never reads more into memory."""
         if size == 0:
             return b""
-        if self._url.protocol in ("http", "https"):
-            return self._call(self._fetch_http, self._path(name), start, start + size)
-        return bytes(self._call(self._fs.cat_file, self._path(name), start=start, end=start + size))
-
-    def _fetch_http(self, path: str, start: int, end: int) -> bytes:
-        # cat_file() would take whatever comes, the whole file included; this gives up before it does.
-        with self._fs.open(path, "rb", block_size=1, cache_type="none", size=end) as file:
-            try:
-                return bytes(file._fetch_range(start, end))
-            except ValueError as error:
-                if "range" not in str(error):
-                    raise
-                raise CacheError(
-                    f"{self._url} does not answer requests for parts of a file.",
-                    "Use a server that knows HTTP ranges, as nginx and Apache do, or copy the cache to a folder.",
-                ) from None
+        if self._url.protocol in _HTTP:  # cat_file() would take whatever comes, however much it is
+            return self._call(fetch_part, self._fs, self._url / name, start, size)
+        return bytes(self._call(self._fs.cat_file, self._path(name), start=start, end=start + size))[:size]
 
     def upload(self, source: Path | bytes, name: str) -> None:
         """Put a file, or bytes, under ``name``, and see that all of it has arrived.
@@ -153,7 +145,7 @@ def _options(protocol: str) -> dict[str, Any]:
             "retries": {"total_max_attempts": 1},
         }
         return {"config_kwargs": config}
-    if protocol in ("http", "https"):
+    if protocol in _HTTP:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_READ_S)

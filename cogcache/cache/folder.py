@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cogcache.cache.backend import PART, backend_of, data_files
+from cogcache.cache.backend import MAX_SLOTS, PART, backend_of, data_files
 from cogcache.cache.damage import mend_hint
 from cogcache.cache.files import FileLock, make_folder, remove, write_atomic
 from cogcache.cache.format import Identity, ZarrCompression
@@ -107,8 +107,8 @@ class SeriesFolder:
             if value["shard"] != name or not isinstance(value["keys"], list):
                 raise ValueError("it is the plan of another shard")
             keys, slots = tuple(check_key(key) for key in value["keys"]), value.get("slots", 0)
-            if self._backend.fixed_slots and not (type(slots) is int and slots >= len(keys)):
-                raise ValueError("it has more keys than slots")
+            if self._backend.fixed_slots and not (type(slots) is int and len(keys) <= slots <= MAX_SLOTS):
+                raise ValueError("its number of slots is none, or too small for its keys")
         except (OSError, ValueError, KeyError) as error:
             raise self._damaged(path, name, error) from None
         return keys, slots

@@ -22,7 +22,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -166,6 +166,10 @@ class SeriesRecord(Record):
     shards: tuple[ShardRecord, ...]
 
 
+Length = Annotated[int, Field(ge=1, le=999_999)]
+"""A side of a bucket, as its name can say it."""
+
+
 class SampleRecord(Record):
     """One row of ``samples.jsonl``: a clip, its caption, and the entries that hold them.
 
@@ -180,10 +184,10 @@ class SampleRecord(Record):
     sha256: str
     window: str
     caption: str
-    frames: int
-    height: int
-    width: int
-    fps: float | None
+    frames: Length
+    height: Length
+    width: Length
+    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     latents: str
     text: str
     images: tuple[str, ...] = ()

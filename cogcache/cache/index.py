@@ -20,6 +20,7 @@ Members = tuple[Member, ...]
 """The members of an entry."""
 
 _KEY = re.compile(r"[0-9a-f]{32}")
+_LARGEST = 2**63 - 1
 _SHA = re.compile(r"[0-9a-f]{64}")
 
 
@@ -80,6 +81,8 @@ def parse_index(data: bytes) -> ShardIndex:
     if hashlib.sha256(body).hexdigest() != end["lines_sha256"]:
         raise ValueError("its lines are not those that were written")
     size = _count(end["bytes"])
+    if size > _LARGEST:
+        raise ValueError("its shard is larger than any file")
     if not isinstance(end["sha256"], str) or not _SHA.fullmatch(end["sha256"]):
         raise ValueError("its last line holds no sha256")
     lines = body.split(b"\n")[:-1]

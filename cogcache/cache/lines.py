@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -26,14 +27,19 @@ def _refuse(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text[:40])
+
+
 def parse_json(data: bytes) -> Any:
-    """Parse UTF-8 JSON without NaN and infinities.
+    """Parse UTF-8 JSON without NaN and infinities, ``1e999`` included.
 
     Raises:
         ValueError: whatever is wrong with it, nesting too deep included.
     """
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse)
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deep") from None
 

@@ -13,12 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from cogcache.cache.files import FileLock
+from cogcache.cache.regular import LARGEST_FILE, read_regular
 from cogcache.errors import StorageError
 from cogcache.progress import say
 
 __all__ = ["DEFAULT_BYTES", "Lru", "default_folder"]
 
 DEFAULT_BYTES = 20 * 10**9
+_DIGITS = 30
 _KEPT_SHARE = 0.9
 """How full the folder is after making room, so that room is not made for every single file."""
 
@@ -44,13 +46,15 @@ class Lru:
         name = hashlib.sha256(key.encode()).hexdigest()
         return self.folder / name[:2] / name
 
-    def get(self, key: str) -> bytes | None:
-        """What was put under ``key``, if it is still there; maybe damaged."""
+    def get(self, key: str, most: int = LARGEST_FILE) -> bytes | None:
+        """What was put under ``key``, if it is still there; maybe damaged, but not more than ``most`` bytes."""
         if not self._works:
             return None
         path = self._path(key)
         try:
-            data = path.read_bytes()
+            if path.stat().st_size > most:
+                return None
+            data = read_regular(path)
             os.utime(path)  # last used now
         except OSError:
             return None
@@ -91,9 +95,10 @@ class Lru:
 
     def _known_total(self) -> int:
         try:
-            return int(self._total.read_text())
+            total = int(read_regular(self._total)[:_DIGITS])
         except (OSError, ValueError):
-            return sum(size for _, size, _ in self._files())
+            total = -1
+        return total if total >= 0 else sum(size for _, size, _ in self._files())
 
     def _make_room(self, needed: int) -> int:
         """Remove the files used longest ago, and drafts of killed processes; returns the bytes that stay."""

@@ -8,7 +8,10 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["open_regular", "read_regular"]
+__all__ = ["LARGEST_FILE", "open_regular", "read_regular"]
+
+LARGEST_FILE = 1 << 32
+"""Bytes of a manifest, table or index at most, where no other number bounds how much memory one may take."""
 
 
 def open_regular(path: Path) -> BinaryIO:

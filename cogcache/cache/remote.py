@@ -107,7 +107,7 @@ class RemoteStorage:
         if size - sum(member[2] for member in members) > _GAP * len(members):
             return [self.members(name, version, [member])[0] for member in members]
         key = f"{version} {start} {size}"
-        kept = self._lru.get(key)
+        kept = self._lru.get(key, size)
         if kept is not None:
             try:
                 return _cut(kept, start, members)

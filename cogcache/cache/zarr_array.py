@@ -48,16 +48,18 @@ class ZarrArray:
         Raises:
             ValueError: if they describe no array.
         """
-        if not isinstance(tensor, str) or dtype not in DTYPES or compression not in get_args(ZarrCompression):
-            raise ValueError("its tensor, dtype or compression is none that can be here")
+        if not isinstance(tensor, str) or not isinstance(dtype, str):
+            raise ValueError("its tensor or dtype is no text")
+        if dtype not in DTYPES or compression not in get_args(ZarrCompression):
+            raise ValueError("its dtype or compression is none that can be here")
         if not isinstance(shape, list) or not all(type(length) is int and length > 0 for length in shape):
             raise ValueError("its shape is not a list of lengths of 1 or more")
-        count = DTYPES[str(dtype)][1]
+        count = DTYPES[dtype][1]
         for length in shape:
             count *= length
             if count > MAX_BYTES:
                 raise ValueError(f"its tensor would have more than {MAX_BYTES} bytes")
-        return cls(tensor, str(dtype), tuple(shape), compression)  # type: ignore[arg-type]
+        return cls(tensor, dtype, tuple(shape), compression)  # type: ignore[arg-type]
 
     def facts(self) -> dict[str, Any]:
         """As plain JSON."""

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from cogcache.cache.backend import MAX_SLOTS
 from cogcache.cache.checksum import crc32
 from cogcache.cache.files import write_atomic
 from cogcache.cache.format import Identity
 from cogcache.cache.index import ShardIndex
 from cogcache.cache.lines import load_sealed, parse_object
 from cogcache.cache.names import ShardName, parse_shard
+from cogcache.cache.regular import open_regular, read_regular
 from cogcache.cache.stored import head_facts
 from cogcache.cache.zarr_array import RANKS, ZarrArray, array_json, group_json, parse_array, parse_description
 from cogcache.errors import CacheError, MismatchError
@@ -66,7 +68,7 @@ def read_head(stream: BinaryIO, size: int) -> dict[str, Any]:
     line = stream.readline(_LONGEST_HEAD)
     value = parse_object(line)
     slots = value.get("slots")
-    if not line.endswith(b"\n") or type(slots) is not int or not 0 < slots <= size // 16:
+    if not line.endswith(b"\n") or type(slots) is not int or not 0 < slots <= min(size // 16, MAX_SLOTS):
         raise ValueError("it does not begin like a shard")
     return value
 
@@ -82,7 +84,7 @@ class Known(NamedTuple):
 def known_array(folder: Path, group: str, facts: dict[str, Any]) -> Known | None:
     """The array of a group; None where there is none, or nothing that can be believed."""
     try:
-        return Known(*parse_array((folder / _folder(group) / _METADATA).read_bytes(), facts))
+        return Known(*parse_array(read_regular(folder / _folder(group) / _METADATA), facts))
     except (OSError, ValueError):
         return None
 
@@ -92,17 +94,19 @@ def slots_of(folder: Path, group: str, wanted: int) -> int:
     for path in sorted(folder.glob("*.plan.json")):
         try:
             if parse_shard(path.name.partition(".")[0], folder.name).group_text == group:
-                return int(load_sealed(path.read_bytes())["slots"])
-        except (OSError, ValueError, KeyError):
+                slots = load_sealed(read_regular(path)).get("slots")
+                if type(slots) is int and 0 < slots <= MAX_SLOTS:
+                    return slots
+        except (OSError, ValueError):
             continue
     for path in sorted((folder / _folder(group)).glob("c.*")):
         if shard_of(folder.name, f"{path.parent.name}/{path.name}"):
             try:
-                with path.open("rb") as stream:
+                with open_regular(path) as stream:
                     return int(read_head(stream, path.stat().st_size)["slots"])
             except (OSError, ValueError):
                 continue
-    return wanted
+    return min(wanted, MAX_SLOTS)
 
 
 def publish(
@@ -168,12 +172,15 @@ def _arrays(folder: Path, shards: Mapping[ShardName, ShardIndex]) -> Iterator[tu
     for name, index in sorted(shards.items()):
         path = folder / data_file(str(name))
         try:
-            with path.open("rb") as stream:
-                slots = read_head(stream, path.stat().st_size)["slots"]
+            with open_regular(path) as stream:
+                whole = path.stat().st_size
+                slots = read_head(stream, whole)["slots"]
                 for key, members in index.entries.items():
                     _, offset, size, checksum = members[-1]
+                    if offset + size > whole:
+                        continue
                     stream.seek(offset)
-                    data = stream.read(min(size, index.bytes))
+                    data = stream.read(size)
                     if crc32(data) == checksum:
                         yield parse_description(key, data)[0], slots
         except (OSError, ValueError):

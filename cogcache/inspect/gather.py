@@ -55,6 +55,9 @@ def gather(reader: CacheReader, look: Look | None = None) -> dict[str, Any]:
     }
 
 
+_LONGEST_S = 1e9
+
+
 def _count(values: Any) -> dict[str, int]:
     """Most frequent first, then by name."""
     return dict(sorted(Counter(values).items(), key=lambda item: (-item[1], item[0])))
@@ -82,7 +85,7 @@ def _clips(reader: CacheReader, look: Look | None) -> tuple[list[dict[str, Any]]
 
 
 def _clip(row: SampleRecord, facts: Mapping[str, Any]) -> dict[str, Any]:
-    times = facts.get("times_s") or []
+    times = _times(facts)
     clip = {
         "id": row.id,
         "source": row.source,
@@ -108,6 +111,16 @@ def _clip(row: SampleRecord, facts: Mapping[str, Any]) -> dict[str, Any]:
     )
     clip |= {name: facts[name] for name in names if isinstance(facts.get(name), (str, int, float))}
     return {"reader": str(facts.get("reader", "unknown")), "codec": "unknown", **clip}
+
+
+def _times(facts: Mapping[str, Any]) -> list[float]:
+    """Times of the picked frames in seconds, as far as they are such."""
+    times = facts.get("times_s")
+    return (
+        [t for t in times if type(t) in (int, float) and abs(t) < _LONGEST_S]
+        if isinstance(times, list)
+        else []
+    )
 
 
 def _mark_outliers(clips: list[dict[str, Any]], statistics: list[LatentStatistics]) -> None:

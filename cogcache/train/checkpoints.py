@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cogcache.cache.files import make_folder, rename, storage_errors, sync_folder, write_file
+from cogcache.cache.regular import read_regular
 from cogcache.errors import CheckpointError
 from cogcache.train.shards import save_shards
 
@@ -175,18 +176,36 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             f"there is no checkpoint folder {folder}.", "Give an existing one, or --resume latest."
         )
     try:
-        record = json.loads((folder / STATE_FILE).read_text("utf-8"))
-        state = TrainerState(step=int(record["step"]), run=dict(record["run"]), scaler=dict(record["scaler"]))
+        record = json.loads(read_regular(folder / STATE_FILE))
+        if type(record["step"]) is not int or record["step"] < 0:
+            raise ValueError("its step is none")
+        if not all(_is_number_of_scaler(name, value) for name, value in dict(record["scaler"]).items()):
+            raise ValueError("its loss scaling is none")
+        state = TrainerState(step=record["step"], run=dict(record["run"]), scaler=dict(record["scaler"]))
         files = _files(folder)
         for name, written in sorted(record["sha256"].items()):
             if name not in files or _sha256(files[name]) != written:
                 raise ValueError(f"{name} is not what was written")
         weights, optimizer = _read_tensors(files[name] for name in record["sha256"])
         return Checkpoint(state, weights, optimizer)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
         raise CheckpointError(
             f"{folder} is damaged: {error}.", "Delete it and resume from an earlier one."
         ) from None
+
+
+def _is_number_of_scaler(name: str, value: object) -> bool:
+    if name in ("growth_interval", "_growth_tracker"):
+        return type(value) is int and 0 <= value < 2**31
+    return type(value) is float and 0 < value < 2**127  # it becomes a float32
 
 
 def _read_tensors(files: Iterable[Path]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cogcache.config import TrainConfig
+from cogcache.errors import CheckpointError
 from cogcache.train.memory.measures import Measures
 from cogcache.train.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 
@@ -128,7 +129,10 @@ class PlainEngine:
     def restore(self, state: Mapping[str, Tensor], scaler: Mapping[str, Any]) -> None:
         """See :class:`Engine`."""
         load_optimizer_state(self.optimizer, self.parameters, state)
-        self.scaler.load_state_dict(dict(scaler))
+        try:
+            self.scaler.load_state_dict(dict(scaler))
+        except (RuntimeError, KeyError) as error:
+            raise CheckpointError(f"the loss scaling in the checkpoint does not fit: {error}.") from None
 
 
 def open_engine(

@@ -14,6 +14,9 @@ from cogcache.train.memory.optimizer import HostAdamW
 __all__ = ["check_optimizer_state", "load_optimizer_state", "make_optimizer", "optimizer_state"]
 
 
+_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
 def make_optimizer(
     config: TrainConfig, parameters: Mapping[str, nn.Parameter], *, on_host: bool = False
 ) -> torch.optim.AdamW:
@@ -51,14 +54,21 @@ def check_optimizer_state(parameters: Mapping[str, nn.Parameter], state: Mapping
     Raises:
         CheckpointError: naming what does not fit.
     """
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    wanted = {
+        f"{name}.{key}": torch.empty((), device="meta") if key == "step" else parameter
+        for name, parameter in parameters.items()
+        for key in _STATE
+    }
     for full_name, value in state.items():
-        name, key = full_name.rsplit(".", 1)
-        if name not in shapes or (key != "step" and value.shape != shapes[name]):
+        if not _fits(value, wanted.get(full_name)) or (full_name.endswith(".step") and not value >= 0):
             raise CheckpointError(f"the optimizer state in the checkpoint does not fit: {full_name}.")
-    missing = shapes.keys() - {full_name.rsplit(".", 1)[0] for full_name in state}
+    missing = wanted.keys() - state.keys()
     if state and missing:
         raise CheckpointError(f"the checkpoint has no optimizer state for {min(missing)}.")
+
+
+def _fits(value: Tensor, wanted: Tensor | None) -> bool:
+    return wanted is not None and value.shape == wanted.shape and value.dtype in (wanted.dtype, torch.float32)
 
 
 def load_optimizer_state(

@@ -12,16 +12,25 @@ import shutil
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
-import torch
+import cache_kit
 import verify_kit
 from hostile_kit import Case, Target
 from hostile_mutations import NUMBERS, STRINGS, mutate_bytes, mutate_json, mutate_text, spoil_json
 
 from cogcache.cache import tar
+from cogcache.cache.backend import backend_of
 from cogcache.cache.check import check_cache
 from cogcache.cache.contents import Expectation, content_fault
-from cogcache.cache.format import FAILURES_FILE, SAMPLES_FILE, VALIDATION_FILE, Entry, canonical_json
+from cogcache.cache.format import (
+    FAILURES_FILE,
+    SAMPLES_FILE,
+    VALIDATION_FILE,
+    BackendName,
+    Identity,
+    canonical_json,
+)
 from cogcache.cache.index import build_index, parse_index
 from cogcache.cache.journal import Journal
 from cogcache.cache.lines import dump_sealed, pretty_json, seal_line, unseal_line
@@ -29,7 +38,21 @@ from cogcache.cache.reader import CacheReader
 from cogcache.cache.repair import repair_cache
 from cogcache.cache.writer import CacheWriter
 
-__all__ = ["cache_targets", "careless", "clear", "spoil_tensors"]
+__all__ = [
+    "CacheBox",
+    "cache_targets",
+    "careless",
+    "clear",
+    "fill_planned",
+    "index_case",
+    "line",
+    "mend",
+    "read_all",
+    "sealed",
+    "sealed_line",
+    "spoil_tensors",
+    "use",
+]
 
 Files = dict[str, bytes]
 
@@ -82,10 +105,16 @@ def clear(folder: Path) -> None:
 class CacheBox:
     """A small finished cache and one folder in which variants of it are laid out."""
 
+    kind: BackendName = "webdataset"
+
     def __init__(self, folder: Path) -> None:
+        self.backend = backend_of(self.kind)
+        self.identity = verify_kit.IDENTITY.model_copy(update={"backend": self.kind})
+        folder.mkdir(exist_ok=True)
         self.root = folder / "cache"
         self.made = folder / "made"
-        verify_kit.encode(self.made)
+        with mock.patch.object(cache_kit, "BACKEND", self.kind):
+            verify_kit.encode(self.made)
         self.files = {
             path.relative_to(self.made).as_posix(): path.read_bytes()
             for path in self.made.rglob("*")
@@ -124,7 +153,12 @@ class CacheBox:
             if row["name"] == shard:
                 row.update(record, index_sha256=hashlib.sha256(data).hexdigest())
         changed = {name: data, "manifest.json": sealed(manifest)}
-        return {**self.files, **changed} | ({f"{series}/{shard}.tar": archive} if archive is not None else {})
+        return {**self.files, **changed} | ({self.data_file(name): archive} if archive is not None else {})
+
+    def data_file(self, index: str) -> str:
+        """Name of the data file of the shard with this index."""
+        series, shard = index.removesuffix(".index.jsonl").split("/")
+        return f"{series}/{self.backend.data_file(shard)}"
 
     def entries(self, name: str) -> tuple[bytes, list[tuple[str, list[bytes]]]]:
         """The first member of the shard with this index, and the contents of its entries."""
@@ -183,7 +217,7 @@ def cache_targets(folder: Path) -> list[Target]:
         _manifest,
         _identity,
         _tables,
-        _index,
+        index_case,
         _archive,
         _entry,
         _plans,
@@ -191,7 +225,7 @@ def cache_targets(folder: Path) -> list[Target]:
         _journal,
         _safetensors,
     )
-    return [Target(case.__name__.strip("_"), case(box), (folder,)) for case in cases]
+    return [Target(case.__name__.strip("_").removesuffix("_case"), case(box), (folder,)) for case in cases]
 
 
 def _manifest(box: CacheBox) -> Case:
@@ -241,7 +275,7 @@ def _tables(box: CacheBox) -> Case:
     return case
 
 
-def _index(box: CacheBox) -> Case:
+def index_case(box: CacheBox) -> Case:
     def case(random: Random) -> None:
         name = random.choice(box.indexes)
         *lines, last = box.files[name].split(b"\n")[:-1]
@@ -430,14 +464,14 @@ def _plans(box: CacheBox) -> Case:
             part = mutate_bytes(part, random)
         new = {f"{name}.plan.json": keys, f"{name}.index.part": rows, f"{name}.tar.part": part}
         root = box.lay_out({**files, **new})
-        random.choice((_go_on, _go_on, check_cache, mend))(root)
+        random.choice((fill_planned, fill_planned, check_cache, mend))(root)
 
     return case
 
 
-def _go_on(root: Path) -> None:
+def fill_planned(root: Path, identity: Identity = verify_kit.IDENTITY) -> None:
     """What encode does with a cache that is not finished."""
-    writer = CacheWriter.open(root, verify_kit.IDENTITY)
+    writer = CacheWriter.open(root, identity)
     facts = verify_kit.facts_by_key()
     for series in facts:
         writer.committed(series)
@@ -445,7 +479,7 @@ def _go_on(root: Path) -> None:
         for job in writer.jobs(series, facts[series]):
             with job:
                 for key in job.remaining:
-                    job.append(Entry(key, {"moments": torch.zeros(1)}, {}))
+                    job.append(verify_kit.make_entry(series, key, facts[series].get(key, {})))
                 job.finish()
     writer.failures()
 

@@ -39,7 +39,8 @@ class Guard:
     _active: Guard | None = None
     _hooked = False
 
-    def __init__(self, *folders: Path) -> None:
+    def __init__(self, *folders: Path, ports: tuple[int, ...] = ()) -> None:
+        self._ports = ports
         self.breaches: list[str] = []
         self.opened = 0
         libraries = {
@@ -90,6 +91,8 @@ class Guard:
             self._judge(event, args[0], self._readable)
         elif event in _PICKLE and not _is_import():
             self.breaches.append(f"{event} {args[:1]!r:.80}")
+        elif event == "socket.connect" and args[1][0] == "127.0.0.1" and args[1][1] in self._ports:
+            pass
         elif event in _RUNS:
             self.breaches.append(f"{event} {args!r:.200}")
 

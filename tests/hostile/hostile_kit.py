@@ -21,11 +21,13 @@ Case = Callable[[random.Random], None]
 
 @dataclass
 class Target:
-    """One kind of input: ``folders`` are those that a case may read and write."""
+    """One kind of input: ``folders`` are those that a case may read and write, ``ports`` those of
+    this machine that it may talk to."""
 
     name: str
     case: Case
     folders: tuple[Path, ...]
+    ports: tuple[int, ...] = ()
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Outcome:
 def run_cases(target: Target, count: int, first_seed: int = 0, most_findings: int = 20) -> Outcome:
     """Run ``count`` cases. Each either works or raises one of our errors with a text; all else is a finding."""
     outcome = Outcome(target.name)
-    guard = Guard(*target.folders)
+    guard = Guard(*target.folders, ports=target.ports)
     with little_memory():
         for seed in range(first_seed, first_seed + count):
             _run(target, seed, guard, outcome)

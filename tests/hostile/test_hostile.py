@@ -18,7 +18,11 @@ import pytest
 from hostile_cache import cache_targets
 from hostile_files import files_targets
 from hostile_kit import Target, run_cases
+from hostile_remote import remote_targets
+from hostile_runs import run_targets
+from hostile_server import serving
 from hostile_videos import make_videos, run_videos
+from hostile_zarr import ZarrBox, zarr_targets
 
 from cogcache.errors import CacheError, CogcacheError
 
@@ -27,23 +31,33 @@ pytestmark = pytest.mark.filterwarnings(
 )  # Pillow and diffusers warn of much, and the cases are to go on
 
 COUNTS = {  # by default, and of the slow run
-    "manifest": (60, 3000),
-    "identity": (50, 2000),
-    "tables": (60, 3000),
-    "index": (60, 3000),
-    "archive": (40, 1500),
-    "entry": (50, 2000),
-    "plans": (50, 1500),
-    "damaged_pair": (15, 600),
-    "journal": (100, 6000),
+    "manifest": (25, 1200),
+    "identity": (25, 800),
+    "tables": (25, 1200),
+    "index": (25, 1200),
+    "archive": (15, 500),
+    "entry": (20, 1000),
+    "plans": (20, 800),
+    "damaged_pair": (8, 300),
+    "journal": (60, 4000),
     "safetensors": (1500, 60_000),
-    "lists": (200, 5000),
-    "lora": (400, 12_000),
-    "settings": (25, 1000),
-    "model": (100, 4000),
-    "pictures": (500, 8000),
+    "lists": (80, 3000),
+    "lora": (200, 8000),
+    "settings": (25, 600),
+    "model": (60, 3000),
+    "pictures": (300, 6000),
+    "zarr_json": (12, 700),
+    "zarr_slots": (12, 700),
+    "zarr_entry": (15, 700),
+    "zarr_plans": (12, 500),
+    "zarr_chunks": (1000, 60_000),
+    "zarr_index": (12, 400),
+    "checkpoint": (80, 3000),
+    "inspect": (25, 800),
+    "server": (30, 1000),
+    "local_cache": (20, 800),
 }
-VIDEOS = (50, 5000)
+VIDEOS = (30, 1500)
 FIRST_OF_MANY = 1_000_000
 
 
@@ -56,13 +70,19 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def targets(folder: Path) -> dict[str, Target]:
-    for name in ("caches", "files"):
+def targets(folder: Path) -> Iterator[dict[str, Target]]:
+    for name in ("caches", "files", "zarr"):
         (folder / name).mkdir()
-    return {
-        target.name: target
-        for target in (*cache_targets(folder / "caches"), *files_targets(folder / "files"))
-    }
+    served = ZarrBox(folder / "served")
+    with serving(served.lay_out(served.files)) as port:
+        made = [
+            *cache_targets(folder / "caches"),
+            *files_targets(folder / "files"),
+            *zarr_targets(folder / "zarr"),
+            *run_targets(folder / "runs"),
+            *remote_targets(served, folder / "remote", port),
+        ]
+        yield {target.name: target for target in made}
 
 
 @pytest.fixture(scope="module")
