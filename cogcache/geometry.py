@@ -116,7 +116,8 @@ def check_size(size: Size, multiple: int) -> Size:
     """
     if size.height % multiple == 0 and size.width % multiple == 0:
         return size
-    near = Size(*(max(multiple, round(n / multiple) * multiple) for n in (size.height, size.width)))
+    sides = size.height, size.width  # of any length: a config may say anything
+    near = Size(*(max(multiple, (n + multiple // 2) // multiple * multiple) for n in sides))
     raise GeometryError(
         f"{size} cannot be encoded: height and width must be multiples of {multiple}.",
         f"The nearest is {near}.",

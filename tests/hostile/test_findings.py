@@ -25,8 +25,16 @@ from cogcache.cache.tensors import load_tensors
 from cogcache.cache.writer import CacheWriter
 from cogcache.config import TrainConfig
 from cogcache.config_io import load_config
-from cogcache.errors import CogcacheError, ConfigError, DatasetError, LoraError, ModelError, VideoError
-from cogcache.geometry import Size
+from cogcache.errors import (
+    CogcacheError,
+    ConfigError,
+    DatasetError,
+    GeometryError,
+    LoraError,
+    ModelError,
+    VideoError,
+)
+from cogcache.geometry import Size, check_size
 from cogcache.lora import read_lora_header
 from cogcache.lora.foreign import check_pattern
 from cogcache.pictures import load_picture
@@ -254,3 +262,8 @@ def test_a_list_that_leads_to_a_video_is_no_video(text: str, reader: str, tmp_pa
         path.write_text(text.format(name))
         with pytest.raises(VideoError, match="not a video"):
             load_clip(path, ClipRequest(9, Size(32, 48), reader=reader))  # type: ignore[arg-type]
+
+
+def test_a_size_beyond_all_floats() -> None:
+    with pytest.raises(GeometryError, match="must be multiples of 16"):
+        check_size(Size(16 * 10**400 + 1, 16), 16)
