@@ -28,7 +28,8 @@ def _load(
     url: Annotated[
         str | None,
         typer.Option(
-            metavar="URL", help="Also read the same cache from there (s3://...); put it there first."
+            metavar="URL",
+            help="Also read the same cache from there (s3://...), with and without a local copy.",
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Each figure is the fastest of so many.", min=1)] = 3,

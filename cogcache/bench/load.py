@@ -5,7 +5,8 @@ Every way of reading gets the same samples in the same order and the same thread
 - ``raw``: whole files, one a tensor, by ``pread`` into fresh memory; nothing is checked or parsed: the ceiling.
 - ``safetensors``: the same files through ``safetensors.torch.load_file``, as trainers with one file per sample read;
   it only maps them, so their values are copied once, as stacking a batch does.
-- ``cache``: latents and embedding of each sample through :class:`CacheReader`, every byte checked.
+- each cache: latents and embedding of each sample through :class:`CacheReader`, every byte checked. ``server`` is one
+  at a URL, ``server, kept`` the same through its local copy, which the first of the repeats fills.
 
 *Cold* means that the operating system was asked to forget the files first; what lies below it may still remember.
 """

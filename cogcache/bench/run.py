@@ -16,6 +16,7 @@ from cogcache.cache.backend import BACKENDS
 from cogcache.cache.files import make_folder, storage_errors
 from cogcache.cache.format import MANIFEST_FILE
 from cogcache.cache.reader import CacheReader
+from cogcache.cache.remote import RemoteOptions
 from cogcache.errors import ConfigError
 from cogcache.geometry import parse_bucket
 from cogcache.progress import console
@@ -52,7 +53,8 @@ def bench_load(
             random_cache(root, family, clips, variant, form)
         caches[form] = CacheReader(root)
     if url is not None:
-        caches[url] = CacheReader(url)
+        caches["server"] = CacheReader(url, RemoteOptions(limit=0))
+        caches["server, kept"] = CacheReader(url, RemoteOptions(folder=work / "kept"))
     files = write_files(caches["webdataset"], work / f"{family}-{clips}-files")
     readings = measure_reads(caches, files, threads, repeats=repeats, cold=cold)
     waits = {name: [measure_wait(cache, count, steps) for count in threads] for name, cache in caches.items()}
