@@ -5,94 +5,26 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import kill_kit
 import pytest
-from cache_kit import FakeOs, install, snapshot
-from kill_kit import Kept, Lists, Tally, check_after_kill, encoding
-from process_kit import Body, Run
-from verify_kit import flip_tensor, latent_key
+from cache_kit import snapshot
+from kill_kit import Lists, Tally, check_after_kill, encoding
+from process_kit import Run
+from scenario_kit import BAD, SCENARIOS, RepairTrial, Scenario, Trial, encode_scenario, make_sources
 
 from cogcache.cache.backend import BACKENDS
-from cogcache.cache.check import check_cache
-from cogcache.cache.format import LATENTS, BackendName
+from cogcache.cache.format import BackendName
 from cogcache.cache.reader import CacheReader
-from cogcache.cache.repair import repair_cache
-from cogcache.cache.transfer import export_shards, merge_shards
-from cogcache.errors import CacheError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-BAD = frozenset({1})
-SOURCE = Lists(3, per_shard=2, draws=1, prompts=1)
-ZARR: BackendName = "zarr"
-
-
-@contextmanager
-def finished_is_fine() -> Iterator[None]:
-    """Killed after its last rename, the cache is finished; the same command says so."""
-    try:
-        yield
-    except CacheError as error:
-        if "holds a finished cache" not in error.message:
-            raise
-
-
-def export(root: Path, _: Callable[[str], object], *, source: Path) -> None:
-    with finished_is_fine():
-        export_shards(source, root, limit=2)
-
-
-def merge(root: Path, _: Callable[[str], object], *, source: Path) -> None:
-    with finished_is_fine():
-        merge_shards(root, [source, source])
-
-
-def repair(root: Path, _: Callable[[str], object] = str) -> None:
-    repair_cache(check_cache(root), "some/model")
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """What runs on a cache while it is killed.
-
-    Args:
-        body: Makes it, given a finished cache of :data:`SOURCE`.
-        before: What a finished cache holds when the run begins; None: there is none.
-        backend: How the shards of that cache are stored.
-    """
-
-    name: str
-    body: Callable[[Path], Body]
-    before: Lists | None = None
-    backend: BackendName = "webdataset"
-
-
-def _encode(name: str, lists: Lists, before: Lists | None = None) -> Scenario:
-    return Scenario(name, lambda _: encoding(lists), before)
-
-
-SCENARIOS = [
-    _encode("encode, one shard", Lists(4, per_shard=100)),
-    _encode("encode, many shards, clips that fail", Lists(3, per_shard=1, bad=BAD)),
-    _encode("encode, image conditions and prompts", Lists(2, per_shard=3, draws=2, prompts=1)),
-    _encode("encode, clips added", Lists(5, per_shard=2, bad=BAD), Lists(3, per_shard=2, bad=BAD)),
-    Scenario("export", lambda source: partial(export, source=source)),
-    Scenario("merge", lambda source: partial(merge, source=source)),
-    _encode("zarr: encode, many shards, clips that fail", Lists(3, per_shard=1, bad=BAD, backend=ZARR)),
-    _encode(
-        "zarr: encode, clips added",
-        Lists(5, per_shard=2, bad=BAD, draws=1, prompts=1, backend=ZARR),
-        Lists(3, per_shard=2, bad=BAD, draws=1, prompts=1, backend=ZARR),
-    ),
-    Scenario("zarr: export", lambda source: partial(export, source=source), backend=ZARR),
-]
 EVERY_STEP, AT_ANY_TIME, ONE_OF_THREE, ALL_THREE, GROWING, REPAIRS = 60, 10, 30, 30, 30, 60
 """The least number of kills in each test: of each scenario in the first two, of each backend in the others."""
 
@@ -119,10 +51,7 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Finished caches to export and merge from, by backend. Read only."""
-    folder = tmp_path_factory.mktemp("source")
-    for backend in BACKENDS:
-        assert encoding(replace(SOURCE, backend=backend))(folder / backend, str)
-    return folder
+    return make_sources(tmp_path_factory.mktemp("source"))
 
 
 @contextmanager
@@ -130,52 +59,6 @@ def timed(tally: Tally, name: str) -> Iterator[None]:
     began = time.monotonic()
     yield
     tally.seconds[name] = time.monotonic() - began
-
-
-class Trial:
-    """A scenario with what it makes where nothing disturbs it: ``expected``, after ``steps`` file operations."""
-
-    def __init__(
-        self, scenario: Scenario, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.name, self.body, self._folder, self._caches = (
-            scenario.name,
-            scenario.body(source / scenario.backend),
-            folder,
-            0,
-        )
-        self._start = folder / "start"
-        install(FakeOs(), monkeypatch)
-        if scenario.before is not None:
-            encoding(scenario.before)(self._start, str)
-        self.before = Kept.of(self._start)
-        self.finished = scenario.before is not None
-        whole = self.begin()
-        fake = install(FakeOs(), monkeypatch)
-        self.body(whole, str)
-        self.steps, self.expected, self.keys = fake.steps, snapshot(whole), Kept.of(whole).keys
-
-    def begin(self) -> Path:
-        """A new cache in the state in which the run begins."""
-        root = self._folder / f"cache-{self._caches}"
-        self._caches += 1
-        if self._start.exists():
-            shutil.copytree(self._start, root)
-        return root
-
-    def progress(self, kept: Kept) -> float:
-        """How many of the entries to make are durable, 0 to 1."""
-        old = len(self.before.keys)
-        return (len(kept.keys) - old) / (len(self.keys) - old)
-
-    def finish(self, root: Path, kept: Kept) -> None:
-        """The same run again, undisturbed: it makes only what is missing, and the cache is as if nothing had been."""
-        made: list[str] = []
-        self.body(root, made.append)
-        assert kept.keys.isdisjoint(made)
-        assert snapshot(root) == self.expected
-        assert check_cache(root).report.whole
-        shutil.rmtree(root)
 
 
 @scenarios
@@ -257,7 +140,7 @@ def test_one_of_three_processes_is_killed(
         random.Random(0),
         replace(THREE, backend=kind),
     )
-    trial = Trial(_encode(name, three), source, tmp_path, monkeypatch)
+    trial = Trial(encode_scenario(name, three), source, tmp_path, monkeypatch)
     body = partial(kill_kit.encode_until_idle, lists=three)
     usual = Run(processes, body, trial.begin()).join().seconds
     with timed(tally, name):
@@ -295,7 +178,7 @@ def test_three_processes_are_killed_together(
         random.Random(0),
         replace(THREE, backend=kind),
     )
-    trial = Trial(_encode(name, three), source, tmp_path, monkeypatch)
+    trial = Trial(encode_scenario(name, three), source, tmp_path, monkeypatch)
     body = partial(kill_kit.encode_until_idle, lists=three)
     usual = Run(processes, body, trial.begin()).join().seconds
     with timed(tally, name):
@@ -323,7 +206,7 @@ def test_lists_grow_while_nothing_is_finished(
 ) -> None:
     """Every run is given more clips than the last, which was killed. Shards differ then, but nothing else does."""
     name, dice, most = "encode, lists that grow", random.Random(0), 8
-    trial = Trial(_encode(name, Lists(most, bad=BAD)), source, tmp_path, monkeypatch)
+    trial = Trial(encode_scenario(name, Lists(most, bad=BAD)), source, tmp_path, monkeypatch)
     whole = trial.begin()
     encoding(Lists(most, bad=BAD))(whole, str)
     with timed(tally, name):
@@ -363,41 +246,12 @@ def test_repair_is_killed_before_every_file_operation(
     tally: Tally,
 ) -> None:
     """No good entry is lost; the next repair, and the next encode, end as if nothing had been."""
-    lists, name = Lists(6, per_shard=3, prompts=1, backend=kind), f"{kind}: repair: before every operation"
-    install(FakeOs(), monkeypatch)
-    start, mended = tmp_path / "start", tmp_path / "mended"
-    encoding(lists)(start, str)
-    for clip in (1, 5):  # in two shards, one of them the last
-        flip_tensor(start, LATENTS, latent_key(clip))
-    next(iter(sorted(start.glob("text/*.index.jsonl")))).unlink()
-    damaged = {latent_key(1), latent_key(5)}
-    good = lists.keys() - damaged
-    shutil.copytree(start, mended)
-    fake = install(FakeOs(), monkeypatch)
-    repair(mended)
-    steps, expected = fake.steps, snapshot(mended)
-    encoding(lists)(mended, str)
-    remade = snapshot(mended)
+    trial, name = RepairTrial(kind, tmp_path, monkeypatch), f"{kind}: repair: before every operation"
     with timed(tally, name):
-        for step in range(steps):
-            root = Path(shutil.copytree(start, tmp_path / str(step)))
-            assert Run(processes, repair, root, step, torn=bool(step % 2)).join().killed
-            kept = Kept.of(root)
-            lost = good - kept.keys  # but those of the shard whose index is lost, which the tar file holds
-            assert all(
-                any(
-                    key.encode() in data.read_bytes() for data in (root / "text").rglob("*") if data.is_file()
-                )
-                for key in lost
-            )
-            assert all(len(shards) == 1 for shards in kept.shards.values())
-            tally.add(name, root, step / steps)
-            repair(root)
-            assert snapshot(root) == expected
-            assert check_cache(root).report.whole
-            made: list[str] = []
-            encoding(lists)(root, made.append)
-            assert set(made) == damaged
-            assert snapshot(root) == remade
-            shutil.rmtree(root)
+        for step in range(trial.steps):
+            root = Path(shutil.copytree(trial.start, tmp_path / str(step)))
+            assert Run(processes, trial.body, root, step, torn=bool(step % 2)).join().killed
+            kept = trial.check(root)
+            tally.add(name, root, step / trial.steps)
+            trial.finish(root, kept)
     tally.check(name, REPAIRS)
