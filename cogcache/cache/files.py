@@ -59,18 +59,30 @@ def storage_errors(path: object, verb: str = "written") -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Create ``path`` and its parents where missing, durably."""
+    """Create ``path`` and its parents where missing, durably; also one that a killed process has just made."""
     with storage_errors(path):
         missing = [p for p in (path, *path.parents) if not p.exists()]
-        os.makedirs(path, exist_ok=True)  # noqa: PTH103  every change goes through this module's os
+    there = missing[-1].parent if missing else path
+    sync_folder(there.parent, needed=False)
     for folder in reversed(missing):
+        with storage_errors(path):
+            os.makedirs(folder, exist_ok=True)  # noqa: PTH103  every change goes through this module's os
         sync_folder(folder.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in the folder ``path`` durable: files created, renamed and removed."""
+def sync_folder(path: Path, *, needed: bool = True) -> None:
+    """Make the names in the folder ``path`` durable: files created, renamed and removed.
+
+    Args:
+        needed: Whether it matters if the folder may not be opened.
+    """
     with storage_errors(path):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except PermissionError:
+            if needed:
+                raise
+            return
         try:
             os.fsync(fd)
         except OSError as error:

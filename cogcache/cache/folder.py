@@ -14,7 +14,7 @@ from typing import Any
 
 from cogcache.cache.backend import MAX_SLOTS, PART, backend_of, data_files
 from cogcache.cache.damage import mend_hint
-from cogcache.cache.files import FileLock, make_folder, remove, write_atomic
+from cogcache.cache.files import FileLock, make_folder, remove, sync_folder, write_atomic
 from cogcache.cache.format import Identity, ZarrCompression
 from cogcache.cache.index import ShardIndex, check_key, parse_index
 from cogcache.cache.lines import dump_sealed, load_sealed
@@ -150,6 +150,8 @@ class SeriesFolder:
         first = max((name.number for name in used if name.group_text == group), default=-1) + 1
         slots = self._backend.slots(self.path, group, entries_per_shard)
         made: dict[str, int] = {}
+        if keys:
+            sync_folder(self.path)  # the plans before may be just renamed by a killed process
         for number, start in enumerate(range(0, len(keys), slots), first):
             name = str(ShardName.of(self.series, group, number))
             value: dict[str, Any] = {"shard": name, "keys": list(keys[start : start + slots])}
@@ -185,11 +187,13 @@ class SeriesFolder:
     def sweep(self) -> None:
         """Remove what killed processes left and nobody needs."""
         done, planned = set(self.committed()), set(self.unfinished())
-        remove(*(p for n, tail, p in data_files(self._backend, self.path) if tail == PART and n in done))
+        parts = [p for n, tail, p in data_files(self._backend, self.path) if tail == PART and n in done]
         waste = [f"{n}.{s}" for s in ("index.part", "plan.json") for n in self._names(s) if n in done]
         waste += [f".{name}.lock" for name in self._names("lock") if name not in planned]
         waste += [f"{n}.{s}" for s in ("index.jsonl.tmp", "plan.json.tmp") for n in self._names(s)]
-        remove(*(self.path / name for name in waste))
+        if parts or waste:
+            sync_folder(self.path)  # the index that makes it waste may be just renamed by a killed process
+        remove(*parts, *(self.path / name for name in waste))
 
 
 def after(plan: Sequence[str], durable: Sequence[str]) -> tuple[str, ...]:

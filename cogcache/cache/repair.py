@@ -145,7 +145,8 @@ def _drop_plans(checked: Checked, folders: dict[str, SeriesFolder], result: Repa
     for series, name in sorted(bad):
         path = checked.seen.root / series
         data = path / f"{checked.seen.backend.data_file(name)}{PART}"
-        remove(data, *(path / f"{name}.{suffix}" for suffix in ("index.part", "plan.json")))
+        remove(data, path / f"{name}.index.part")
+        remove(path / f"{name}.plan.json")
         if series in folders:
             remove(path / f".{name}.lock")
         result.done.append(f"the unfinished shard {name} was dropped: its plan is damaged")
@@ -190,7 +191,8 @@ def _take_good(root: Path, writer: CacheWriter, series: str, result: Repaired) -
             raise CacheError(f"another process is filling {root}.", "Wait for it to end, then repair.")
         kept = len(records.keys() & writer.committed(series))
         with cache_lock(root):
-            remove(data, listed)
+            remove(data)
+            remove(listed)  # last: without it, nothing knows what the data file is
         result.done.append(f"{name} was damaged: {kept} good entries were kept, the others dropped")
         result.missing = True
 

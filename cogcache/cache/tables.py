@@ -113,6 +113,7 @@ def settle_tables(root: Path) -> None:
         known = read_manifest(LocalStorage(root)).tables
     except CacheError:
         known = {}
+    sync_folder(root)  # the manifest may be just renamed by a killed process
     for name in waiting:
         if name in known and _sha256(root / pending(name)) == known[name].sha256:
             rename(root / pending(name), root / name)

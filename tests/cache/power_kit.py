@@ -116,11 +116,12 @@ class RecordOs(FakeOs):
         return name.parent.as_posix(), name.name
 
     def _open(self, path: Path, flags: int, mode: int = 0o777) -> int:
-        name = path.relative_to(self.base).as_posix()
         if flags & os.O_DIRECTORY:
             fd = os.open(path, flags, mode)
-            self._open_at[fd] = (name, FOLDER)
+            inside = path.is_relative_to(self.base)
+            self._open_at[fd] = (path.relative_to(self.base).as_posix() if inside else "..", FOLDER)
             return fd
+        name = path.relative_to(self.base).as_posix()
         if not path.exists():
             folder, last = self._split(path)
             self._add(Create(folder, last, self._new(name)))

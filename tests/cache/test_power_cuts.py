@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import pytest
 from cache_kit import FakeOs, install
 from kill_kit import Lists
-from power_kit import Disk, Files, RecordOs, lay_out, record
+from power_kit import Create, Disk, Files, Op, RecordOs, lay_out, record
 from scenario_kit import BAD, SCENARIOS, ZARR, RepairTrial, Scenario, Trial, encode_scenario, make_sources
 
 from cogcache.errors import CogcacheError
@@ -31,7 +31,7 @@ FEW = [
 ]
 SAMPLE, MOST = 25, 64
 """States checked in the default suite, of each scenario; most states of a cut that are looked at otherwise."""
-STRIDE, STATES = 3, 20
+STRIDE, STATES = 10, 20
 """Every so manieth operation is one before which a run is killed; states checked after each."""
 
 
@@ -171,6 +171,13 @@ def test_every_power_cut(
     print(f"{replay.trial.name}: {len(replay.recorded.ops)} operations, {replay.different} different states")
 
 
+def kill_points(ops: Sequence[Op]) -> list[int]:
+    """Right after every new name, before its folder is synced, and now and then."""
+    return sorted(
+        {place + 1 for place, op in enumerate(ops) if isinstance(op, Create)} | {*range(0, len(ops), STRIDE)}
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @few
@@ -179,7 +186,8 @@ def test_killed_and_later_the_power_is_cut(
 ) -> None:
     """A run takes up what another left that was killed: nothing of that needs to have reached the disk by itself."""
     trial, dice, count = make(source, tmp_path / "trial", monkeypatch), random.Random(0), 0
-    for kill_at in range(0, len(Replay(trial, tmp_path / "whole").recorded.ops), STRIDE):
+    ops = Replay(trial, tmp_path / "whole").recorded.ops
+    for kill_at in kill_points(ops):
         replay = Replay(trial, tmp_path / str(kill_at), kill_at)
         with monkeypatch.context() as patch:
             install(FakeOs(), patch)
