@@ -201,6 +201,9 @@ def test_three_processes_are_killed_together(
                 kept = check_after_kill(root, kept, frozenset(told), trial.finished)
                 if killed:
                     tally.add(name, root, trial.progress(kept), killed)
+                    usual *= (
+                        0.7 if trial.progress(kept) == 1 else 1.1
+                    )  # the first run may have been slower, or quicker
             assert snapshot(root) == trial.expected
     tally.check(name, ALL_THREE)
 

@@ -234,8 +234,8 @@ def test_stopped_while_it_tidies_up(root: Path, finished: Path, monkeypatch: pyt
     flip_tensor(root, LATENTS, latent_key(5))
 
     def half(*paths: Path) -> None:
-        remove(paths[0])
-        if paths[-1].name.endswith(".index.damaged"):
+        remove(*paths)
+        if paths[-1].name.endswith(".damaged"):
             raise Crash
 
     with monkeypatch.context() as patch:
