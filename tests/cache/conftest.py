@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -42,11 +43,18 @@ def fast_disk(monkeypatch: pytest.MonkeyPatch) -> FakeOs:
 
 
 @pytest.fixture(scope="session", params=["webdataset", "zarr"])
-def backend(request: pytest.FixtureRequest) -> Iterator[BackendName]:
-    """Each backend in turn; the kits make caches of it meanwhile."""
+def backend(request: pytest.FixtureRequest) -> BackendName:
+    """Each backend in turn. The kits make caches of it in the tests that ask for it, and nowhere else."""
+    name: BackendName = request.param
+    return name
+
+
+@contextmanager
+def made_as(backend: BackendName) -> Iterator[None]:
+    """The kits make caches of this backend: for fixtures that outlive a test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_kit, "BACKEND", request.param)
-        yield request.param
+        patch.setattr(cache_kit, "BACKEND", backend)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +67,9 @@ def _backend_of_this_test(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, backend: BackendName) -> Path:
     """A finished cache that nothing disturbed. Read only: copy it before changing it."""
-    assert backend
     root = tmp_path_factory.mktemp("undisturbed") / "cache"
-    assert encode(root) is not None
+    with made_as(backend):
+        assert encode(root) is not None
     return root
 
 
@@ -74,9 +82,9 @@ def expected(undisturbed: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, backend: BackendName) -> Path:
     """A finished cache. Read only."""
-    assert backend
     root = tmp_path_factory.mktemp("finished") / "cache"
-    verify_kit.encode(root)
+    with made_as(backend):
+        verify_kit.encode(root)
     return root
 
 

@@ -156,7 +156,8 @@ def _inspect(folder: Path) -> Case:
     data_root = folder / "videos"
     data_root.mkdir()
     (data_root / "0.mp4").write_bytes(b"not a video")
-    out = folder / "out"
+    out = folder / "made" / "out"  # a writer makes the name of its folder's parent durable, too
+    out.parent.mkdir()
 
     def changed(box: CacheBox, random: Random) -> dict[str, bytes]:
         if random.random() < 0.3:
