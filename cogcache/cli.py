@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from cogcache.bench.commands import bench_app
 from cogcache.errors import CogcacheError
+from cogcache.wording import counted
 
 if TYPE_CHECKING:
     import logging
@@ -298,7 +299,7 @@ def _export(
         backend=backend,
         compression=zarr_compression,
     )
-    typer.echo(f"Wrote {out}: {manifest.tables['samples.jsonl'].rows} clips")
+    typer.echo(f"Wrote {out}: {counted(manifest.tables['samples.jsonl'].rows, 'clip')}")
 
 
 @app.command("merge")
@@ -316,7 +317,7 @@ def _merge(
     from cogcache.location import local_folder
 
     manifest = merge_shards(local_folder(out), shards, backend=backend, compression=zarr_compression)
-    typer.echo(f"Wrote {out}: {manifest.tables['samples.jsonl'].rows} clips")
+    typer.echo(f"Wrote {out}: {counted(manifest.tables['samples.jsonl'].rows, 'clip')}")
 
 
 app.add_typer(bench_app, name="bench")

@@ -32,6 +32,7 @@ from cogcache.cache.names import is_shard, parse_shard
 from cogcache.cache.regular import read_regular
 from cogcache.cache.shard_check import ShardFinding, examine
 from cogcache.cache.survey import Survey, survey
+from cogcache.wording import counted
 
 __all__ = ["Checked", "check_cache", "needs_of"]
 
@@ -286,4 +287,4 @@ def _unused(seen: Survey, findings: list[ShardFinding], report: Report) -> None:
         used |= {(TEXT, prompt.text), (IMAGES, prompt.image or "")}
     spare = sum((f.series, r.key) not in used for f in findings for r in f.good)
     if spare:
-        report.facts.append(f"{spare} entries are used by no sample; they do no harm")
+        report.facts.append(f"used by no sample: {counted(spare, 'entry', 'entries')}, which may stay")

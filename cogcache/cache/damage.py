@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cogcache.location import Location, Url
+from cogcache.wording import counted
 
 __all__ = ["Damage", "Report", "mend_hint"]
 
@@ -57,8 +58,9 @@ class Report:
         """The report for people, damages first."""
         count = self.counts
         first = (
-            f"{self.root}: {count.get('samples', 0)} samples, {count.get('entries', 0)} entries in "
-            f"{count.get('shards', 0)} shards, {count.get('bytes', 0) / 1e6:.1f} MB read."
+            f"{self.root}: {counted(count.get('samples', 0), 'sample')}, "
+            f"{counted(count.get('entries', 0), 'entry', 'entries')} in {counted(count.get('shards', 0), 'shard')}, "
+            f"{count.get('bytes', 0) / 1e6:.1f} MB read.{' No damage.' if self.whole else ''}"
         )
         decoded = [
             f"decoded  {row['source']}: PSNR {row['psnr_db']:.1f} dB, latent error {row['latent_error']:.2g}"

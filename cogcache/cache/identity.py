@@ -24,6 +24,12 @@ from cogcache.location import Location
 
 __all__ = ["admit", "check_buckets", "check_same", "check_version", "read_identity", "write_identity"]
 
+_ANOTHER = "Choose another --shards folder, or delete this one."
+_CONVERT = (
+    "backend is what --format chooses; 'cogcache export --format' copies a cache into the other. To encode with these "
+    "settings, choose another --shards folder, or delete this one."
+)
+
 
 def admit(root: Path, wanted: Identity) -> Identity:
     """Let a run with identity ``wanted`` into the cache in ``root``; the caller holds the cache lock.
@@ -107,7 +113,7 @@ def check_same(root: Location, found: Identity, wanted: Identity, series: Collec
         raise MismatchError(
             f"{root} was made with other settings, which never mix:",
             changed,
-            "Choose another --shards folder, or delete this one.",
+            _CONVERT if "backend" in changed else _ANOTHER,
         )
 
 

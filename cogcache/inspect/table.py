@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cogcache.wording import counted
+
 __all__ = ["as_text", "size_text"]
 
 _FEW = 10
@@ -56,15 +58,17 @@ def _counted(name: str, counts: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def _series(series: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (name, f"{size_text(value['bytes'])} in {value['shards']} shards, {value['entries']} entries")
-        for name, value in series.items()
-    ]
+    return [(name, f"{size_text(value['bytes'])} in {_shards(value)}") for name, value in series.items()]
+
+
+def _shards(value: Mapping[str, Any]) -> str:
+    return f"{counted(value['shards'], 'shard')}, {counted(value['entries'], 'entry', 'entries')}"
 
 
 def _captions(found: Mapping[str, Any]) -> str:
+    shared = f"{found['duplicates']} clips share one" if found["duplicates"] else "none shared"
     longest = f"longest {found['longest_characters']} characters, {found['longest_words']} words"
-    return f"{found['unique']} different, {found['duplicates']} clips share one; {longest}"
+    return f"{found['unique']} different, {shared}; {longest}"
 
 
 def _outliers(report: Mapping[str, Any]) -> list[tuple[str, str]]:

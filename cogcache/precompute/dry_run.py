@@ -29,8 +29,11 @@ from cogcache.precompute.clips import ClipWork, plan_clips, text_key
 from cogcache.precompute.datasets import find_clips
 from cogcache.precompute.settings import EncodeSettings, decide
 from cogcache.precompute.validation import plan_validation
+from cogcache.wording import counted, where_they_differ
 
 __all__ = ["Change", "RunPlan", "plan_run", "tell_plan"]
+
+_UNITS = {LATENTS: "latent", TEXT: "caption", IMAGES: "image condition"}
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ def _reasons(clip: ClipWork, before: _Before, missing: Sequence[tuple[str, str]]
     if row.bucket != clip.bucket:
         reasons.append(f"moved from bucket {row.bucket} to {clip.bucket}")
     if row.text != clip.text:
-        reasons.append(f"changed caption: was {row.caption!r:.60}, is {clip.item.caption!r:.60}")
+        was, now = where_they_differ(row.caption, clip.item.caption)
+        reasons.append(f"changed caption: was {was}, is {now}")
     if row.images != clip.images and row.latents == clip.latents:
         longer = clip.images[: len(row.images)] == row.images
         reasons.append(
@@ -161,8 +165,7 @@ def tell_plan(plan: RunPlan, config: EncodeConfig) -> None:
     lines.append(f"Clips: {', '.join([*total, f'{plan.unchanged} unchanged'])}.")
     made = plan.entries
     lines.append(
-        f"Would encode {made[LATENTS]} latents, {made[TEXT]} captions, {made[IMAGES]} image conditions. "
-        "Nothing was changed."
+        f"Would encode {', '.join(counted(made[series], one) for series, one in _UNITS.items())}. Nothing was changed."
     )
     if config.remake_images:
         lines.append("--remake-images would drop all image conditions first.")
@@ -170,6 +173,5 @@ def tell_plan(plan: RunPlan, config: EncodeConfig) -> None:
 
 
 def _needs(change: Change) -> str:
-    names = {LATENTS: "latents", TEXT: "captions", IMAGES: "image conditions"}
-    made = [f"{count} {names[series]}" for series, count in change.makes.items()]
+    made = [counted(count, _UNITS[series]) for series, count in change.makes.items()]
     return f" -> {', '.join(made)}" if made else " -> nothing to encode"

@@ -23,7 +23,7 @@ from cogcache.cache.writer import CacheWriter
 from cogcache.config import EncodeConfig
 from cogcache.config_io import save_config
 from cogcache.errors import PartialFailureError
-from cogcache.location import Url
+from cogcache.location import Location, Url
 from cogcache.precompute.clips import ClipWork, plan_clips, text_key
 from cogcache.precompute.datasets import find_clips
 from cogcache.precompute.dry_run import plan_run, tell_plan
@@ -34,6 +34,7 @@ from cogcache.precompute.vae import FrozenVae
 from cogcache.precompute.validation import ValidationPrompts, plan_validation
 from cogcache.precompute.work import Work, plan_work
 from cogcache.progress import console, say
+from cogcache.wording import counted
 
 __all__ = ["EncodeResult", "encode", "encode_all"]
 
@@ -64,7 +65,7 @@ def encode(config: EncodeConfig) -> EncodeResult:
     result = encode_all(config)
     if config.dry_run:
         return result
-    _summary(result)
+    _summary(result, config.shards if isinstance(config.shards, Url) else result.shards)
     if result.failures:
         rest = "; the others are committed" if len(result.failures) < result.clips else ""
         raise PartialFailureError(
@@ -195,14 +196,14 @@ def _failure(clip: ClipWork, missing: Sequence[str], reasons: dict[str, str]) ->
     return FailureRecord(id=clip.id, source=clip.item.source, window=clip.window, reason=reason)
 
 
-def _summary(result: EncodeResult) -> None:
+def _summary(result: EncodeResult, shards: Location) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     ready = result.clips - len(result.failures)
-    made = f"{result.encoded} latents, {result.captions} captions"
-    made += f", {result.images} image conditions" if result.images else ""
-    say(f"{result.shards}: {ready} clips ready, {len(result.failures)} failed. Encoded now: {made}.")
+    made = f"{counted(result.encoded, 'latent')}, {counted(result.captions, 'caption')}"
+    made += f", {counted(result.images, 'image condition')}" if result.images else ""
+    say(f"{shards}: {counted(ready, 'clip')} ready, {len(result.failures)} failed. Encoded now: {made}.")
     if result.failures:
         table = Table("clip", "reason", title="Failed", title_justify="left")
         for failure in result.failures[:20]:

@@ -136,7 +136,7 @@ def test_not_a_cache(tmp_path: Path) -> None:
 
 def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(root)]) == 0
-    assert capsys.readouterr().out.endswith("MB read.\n")
+    assert capsys.readouterr().out.endswith("MB read. No damage.\n")
     flip_tensor(root, LATENTS, latent_key(3))
     assert run(["verify", str(root)]) == 5
     told = capsys.readouterr()

@@ -74,15 +74,15 @@ def test_plan_is_what_is_then_done(
     told = capsys.readouterr().out.splitlines()
     assert state(shards) == before
     assert told[0].startswith("0.mp4 (start): changed caption: was 'A rabbit")
-    assert told[0].endswith("is 'another caption' -> 1 captions")
-    assert told[1] == "1.mp4 (start): changed file -> 1 latents"
+    assert told[0].endswith("is 'another caption' -> 1 caption")
+    assert told[1] == "1.mp4 (start): changed file -> 1 latent"
     assert told[2].startswith("3.mp4 (start): failed before (")
-    assert told[3] == "4.mp4 (start): new -> 1 captions"  # the same video and caption as others
+    assert told[3] == "4.mp4 (start): new -> 1 caption"  # the same video and caption as others
     assert told[4].startswith("2.mp4 (start): removed")
     assert told[5] == (
         "Clips: 1 changed caption, 1 changed file, 1 failed before, 1 new, 1 removed, 0 unchanged."
     )
-    assert told[6].startswith("Would encode 2 latents, 1 captions, 0 image conditions.")
+    assert told[6].startswith("Would encode 2 latents, 1 caption, 0 image conditions.")
     done = encode_all(config())
     assert (done.encoded, done.captions) == (1, 1)  # the other one of the two latents fails again
     assert [change.source for change in plan_run(config()).changes] == ["3.mp4"]

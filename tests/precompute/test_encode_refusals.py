@@ -295,7 +295,7 @@ def test_unreadable_clip_stops_nothing(
         (root / f"{name}.txt").unlink()
     code, said = encode(data_root=root)
     assert code == 0, said
-    assert "8 clips ready, 0 failed. Encoded now: 1 latents, 0 captions." in said
+    assert "8 clips ready, 0 failed. Encoded now: 1 latent, 0 captions." in said
     assert not CacheReader(shards).failures
     tried = [json.loads(line) for line in (shards / "journal.jsonl").read_text().splitlines()]
     assert sum(event["event"] == "failed" for event in tried) == 4  # two of the three hold the same bytes

@@ -40,6 +40,7 @@ def test_both_formats_hold_the_same(
     with pytest.raises(MismatchError) as caught:
         encode_all(settings(size="16x32", shards=tmp_path / "zarr", format="webdataset"))
     assert caught.value.differences == {"backend": ("zarr", "webdataset")}
+    assert "cogcache export --format" in str(caught.value.hint)
     assert run(["verify", str(tmp_path / "zarr"), "--decode", "2", "--device", "cpu"]) == 0
     assert run(["inspect", str(tmp_path / "zarr")]) == 0
     back = ["export", str(tmp_path / "zarr"), str(tmp_path / "back"), "--format", "webdataset"]
