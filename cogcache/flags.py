@@ -37,7 +37,7 @@ def config_command(kind: type[Config], run: Callable[[Config], None], doc: str) 
 
     parameters = [_parameter(name, field) for name, field in kind.model_fields.items()]
     parameters.append(_config_parameter())
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = _unwrapped(doc)
     return command

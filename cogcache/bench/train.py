@@ -86,7 +86,7 @@ def measure_step(settings: RowSettings) -> StepRow:
     config = TrainConfig(shards=Path("unused"), rank=settings.rank)
     add_lora(transformer, config)
     set_matmul_precision(device, native)
-    measures = TIERS.get(settings.recipe)  # type: ignore[call-overload]
+    measures = next((found for tier, found in TIERS.items() if tier == settings.recipe), None)
     predicted = _prepare(transformer, variant, measures, settings, device)
     optimizer = make_optimizer(
         config, trainable(transformer), on_host=measures is not None and measures.optimizer == "host"
@@ -96,7 +96,7 @@ def measure_step(settings: RowSettings) -> StepRow:
     def step() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16) if reference else nullcontext():
             loss = forward()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trainable(transformer).values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from cogcache.cache.format import IMAGES, LATENTS, TEXT, ZarrCompression, canonical_json
 from cogcache.cache.lines import parse_object, pretty_json
@@ -59,7 +59,7 @@ class ZarrArray:
             count *= length
             if count > MAX_BYTES:
                 raise ValueError(f"its tensor would have more than {MAX_BYTES} bytes")
-        return cls(tensor, dtype, tuple(shape), compression)  # type: ignore[arg-type]
+        return cls(tensor, dtype, tuple(shape), cast("ZarrCompression", compression))
 
     def facts(self) -> dict[str, Any]:
         """As plain JSON."""

@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 __all__ = ["PaddedVideoToVideoPipeline"]
 
 
-class PaddedVideoToVideoPipeline(CogVideoXVideoToVideoPipeline):  # type: ignore[misc]
+class PaddedVideoToVideoPipeline(CogVideoXVideoToVideoPipeline):  # type: ignore[misc]  # diffusers is untyped
     """:class:`CogVideoXVideoToVideoPipeline` for models with a temporal patch size."""
 
     def __call__(self, video: list[Any], **arguments: Any) -> Any:
@@ -54,4 +54,5 @@ class PaddedVideoToVideoPipeline(CogVideoXVideoToVideoPipeline):  # type: ignore
         return noisy * float(self.scheduler.init_noise_sigma)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        return super().decode_latents(latents[:, self._extra :])  # type: ignore[no-any-return]
+        frames: torch.Tensor = super().decode_latents(latents[:, self._extra :])
+        return frames

@@ -87,13 +87,14 @@ def _detect(shown: Path, root: Path, allow_outside: bool) -> DatasetKind:
         DatasetError: if there is none, or more than one.
     """
     found: dict[DatasetKind, str] = {}
-    for kind, names in (
-        ("lists", ("prompts.txt", "videos.txt")),
-        ("metadata", ("metadata.jsonl", "metadata.csv")),
-    ):
+    files: dict[DatasetKind, tuple[str, str]] = {
+        "lists": ("prompts.txt", "videos.txt"),
+        "metadata": ("metadata.jsonl", "metadata.csv"),
+    }
+    for kind, names in files.items():
         present = [name for name in names if (root / name).exists()]
         if present:
-            found[kind] = " and ".join(present)  # type: ignore[index]
+            found[kind] = " and ".join(present)
     pairs = count_pairs(root, allow_outside)
     if pairs:
         found["sidecar"] = f"{pairs} videos with a .txt beside them"

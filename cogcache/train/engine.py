@@ -94,7 +94,8 @@ class PlainEngine:
         """See :class:`Engine`."""
         if last:
             return nullcontext()
-        return self.accelerator.no_sync(self.model)  # type: ignore[no-any-return]
+        alone: AbstractContextManager[object] = self.accelerator.no_sync(self.model)
+        return alone
 
     def backward(self, loss: Tensor) -> None:
         """See :class:`Engine`."""

@@ -63,7 +63,8 @@ def load_transformer(root: Path, dtype: torch.dtype) -> nn.Module:
             local_files_only=True,
             use_safetensors=True,
         )
-    return transformer.requires_grad_(False).train()  # type: ignore[no-any-return]
+    frozen: nn.Module = transformer.requires_grad_(False).train()
+    return frozen
 
 
 def load_scheduler(root: Path) -> Any:

@@ -148,7 +148,8 @@ def alphas_cumprod(scheduler: Any, device: torch.device) -> Tensor:
     The scheduler's own ``add_noise`` casts them to the latents' dtype; in bfloat16 t=0 and t=1 then carry no
     noise at all. Here they are never less than float32.
     """
-    return scheduler.alphas_cumprod.to(device=device, dtype=torch.float32)  # type: ignore[no-any-return]
+    alphas_t: Tensor = scheduler.alphas_cumprod.to(device=device, dtype=torch.float32)
+    return alphas_t
 
 
 def add_noise(clean: Tensor, noise: Tensor, abar_b: Tensor) -> Tensor:
@@ -171,4 +172,5 @@ def _coefficients(abar_b: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
 def model_dtype(transformer: nn.Module) -> torch.dtype:
     """The dtype of the patch embedding's weight, whatever wraps the transformer or the layer."""
     bare: Any = getattr(transformer, "module", transformer)
-    return bare.patch_embed.proj.weight.dtype  # type: ignore[no-any-return]
+    dtype: torch.dtype = bare.patch_embed.proj.weight.dtype
+    return dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -100,7 +100,7 @@ def _gib(size: int) -> str:
 
 
 def _with_flags(measures: Measures, config: TrainConfig) -> Measures:
-    changes: dict[str, object] = {}
+    changes: dict[str, Any] = {}
     if config.gradient_checkpointing is not None:
         changes["recompute"] = config.gradient_checkpointing
     if config.keep_attention is not None:
@@ -114,7 +114,7 @@ def _with_flags(measures: Measures, config: TrainConfig) -> Measures:
             changes[name] = getattr(config, flag)
     if config.compile is not None:
         changes["compile"] = config.compile
-    return replace(measures, **changes)  # type: ignore[arg-type]
+    return replace(measures, **changes)
 
 
 def free_memory(device: torch.device) -> Need:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,9 +24,14 @@ class HostAdamW(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update the parameters that have a gradient."""
-        _ = closure
+    def step(self, closure: Any = None) -> Any:
+        """Update the parameters that have a gradient.
+
+        Raises:
+            ValueError: if a closure is given: the loss is never computed anew here.
+        """
+        if closure is not None:
+            raise ValueError("HostAdamW takes no closure")
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for chunk in _chunks([p for p in group["params"] if p.grad is not None]):

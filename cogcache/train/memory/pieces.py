@@ -124,7 +124,8 @@ def linear(layer: Any, tokens: Tensor) -> Tensor:
     """
     lora = _plain_lora(layer)
     if lora is None:
-        return layer(tokens)  # type: ignore[no-any-return]
+        plain: Tensor = layer(tokens)
+        return plain
     down, up, scale = lora
     base: Tensor = layer.base_layer(tokens)
     low = F.linear(tokens, down.to(tokens.dtype))
