@@ -137,6 +137,12 @@ class Variant(BaseModel):
             size.width // self.spatial_factor,
         )
 
+    def video_tokens(self, frames: int, size: Size) -> int:
+        """How many tokens of a clip the transformer sees, those of padding frames included, those of text not."""
+        _, latents, height, width = self.latent_shape(frames, size)
+        time = self.patch_size_t or 1
+        return -(-latents // time) * (height // self.patch_size) * (width // self.patch_size)
+
 
 def read_config(root: Path, name: str) -> dict[str, Any]:
     """Read one JSON config, ``name`` relative to the checkpoint folder ``root``.

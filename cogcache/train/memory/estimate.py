@@ -58,7 +58,7 @@ class Need:
 
 def workload_of(transformer: Any, variant: Variant, buckets: Sequence[Bucket], batch_size: int) -> Workload:
     """The workload of the largest bucket. ``transformer`` holds what is trained."""
-    tokens = max(_tokens(variant, bucket) for bucket in buckets) + variant.text_length
+    tokens = max(variant.video_tokens(b.frames, b.size) for b in buckets) + variant.text_length
     dim = variant.num_attention_heads * variant.attention_head_dim
     blocks: nn.ModuleList = transformer.transformer_blocks
     frozen = [p for p in blocks.parameters() if not p.requires_grad]
@@ -75,12 +75,6 @@ def workload_of(transformer: Any, variant: Variant, buckets: Sequence[Bucket], b
         unit=batch_size * tokens * dim * frozen[0].element_size(),
         logsumexp=batch_size * tokens * variant.num_attention_heads * 4,
     )
-
-
-def _tokens(variant: Variant, bucket: Bucket) -> int:
-    _, frames, height, width = variant.latent_shape(bucket.frames, bucket.size)
-    time = variant.patch_size_t or 1
-    return -(-frames // time) * (height // variant.patch_size) * (width // variant.patch_size)
 
 
 def estimate(load: Workload, measures: Measures) -> Need:
