@@ -13,13 +13,15 @@ from cogcache.geometry import Size
 from cogcache.hashing import weights_sha256
 from cogcache.models import loading, torch_dtype
 from cogcache.precompute.components import config_digest
+from cogcache.precompute.fast_encoder import FastEncoder, can_take_over
+from cogcache.precompute.fused import has_kernels
 from cogcache.variants import read_config
 
 __all__ = ["FrozenVae", "choose_tiling", "to_pixels", "vae_fingerprint"]
 
-# Peak of untiled bf16 encoding: 8.1 GiB at 480x720 whatever the frame count, since the encoder works through
-# 8 frames at a time. Measured on an H200 with diffusers 0.42.
-_BYTES_PER_PIXEL_UNTILED = 8.1 * 2**30 / (480 * 720)
+# Peak of untiled bf16 encoding at 480x720 whatever the frame count, since the encoder works through 8 frames at a
+# time: with our kernels and with diffusers' encoder. Measured on an H200 (benchmarks/records/2026-11-22-encoding.md).
+_BYTES_PER_PIXEL_UNTILED = {True: 6.4 * 2**30 / (480 * 720), False: 8.5 * 2**30 / (480 * 720)}
 
 
 def choose_tiling(wanted: str, size: Size, dtype: str, device: torch.device) -> bool:
@@ -29,7 +31,13 @@ def choose_tiling(wanted: str, size: Size, dtype: str, device: torch.device) -> 
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
-    need = _BYTES_PER_PIXEL_UNTILED * size.height * size.width * torch_dtype(dtype).itemsize / 2
+    need = (
+        _BYTES_PER_PIXEL_UNTILED[has_kernels(device)]
+        * size.height
+        * size.width
+        * torch_dtype(dtype).itemsize
+        / 2
+    )
     return need > free
 
 
@@ -74,6 +82,8 @@ class FrozenVae:
         if tiled:
             vae.enable_tiling()
         self._vae = vae.eval().to(device)
+        if has_kernels(device) and can_take_over(vae.encoder):
+            self._vae.encoder = FastEncoder(vae.encoder)
         self.dtype = torch_dtype(dtype)
         self.device = device
 
