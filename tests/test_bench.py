@@ -92,4 +92,5 @@ def test_a_row_of_the_training_table(
     row = bench_train.measure_step(bench_train.RowSettings(recipe, family, "17x64x96", 2, 4, 2))
     assert row.step_s > 0
     assert 0.1 < row.loss < 10
-    assert (row.predicted_gib is None) == (recipe in ("reference", "plain"))
+    assert 0 < row.predicted_gib < 1
+    assert row.predicted_s is None  # no GPU that it knows

@@ -115,10 +115,17 @@ def bench_train(
             continue
         reference = row.step_s if row.recipe == "reference" else reference
         speed = f", {reference / row.step_s:.2f}x the reference" if reference else ""
-        predicted = f" (planned {row.predicted_gib:.1f})" if row.predicted_gib else ""
-        out.print(f"{row.recipe}: {row.step_s:.3f} s, {row.peak_gib:.2f} GiB{predicted}{speed}", markup=False)
+        out.print(
+            f"{row.recipe}: {row.step_s:.3f} s{_planned(row.step_s, row.predicted_s)}, "
+            f"{row.peak_gib:.2f} GiB{_planned(row.peak_gib, row.predicted_gib)}{speed}",
+            markup=False,
+        )
         found.append(asdict(row))
     _write(json_out, facts, {"family": family, "bucket": shape, "rank": rank, "rows": found})
+
+
+def _planned(measured: float, predicted: float | None) -> str:
+    return f" (planned {predicted:.2f}, {predicted / measured - 1:+.1%})" if predicted and measured else ""
 
 
 _OWN: dict[Family, str] = {

@@ -25,12 +25,17 @@ from cogcache.config import TrainConfig
 from cogcache.geometry import Bucket
 from cogcache.tiny import Family
 from cogcache.train.devices import set_matmul_precision
+from cogcache.train.flops import step_flops
 from cogcache.train.memory.blocks import install
-from cogcache.train.memory.estimate import estimate, workload_of
+from cogcache.train.memory.estimate import estimate
+from cogcache.train.memory.gpus import find_card
 from cogcache.train.memory.measures import TIERS, Measures
+from cogcache.train.memory.speed import microbatch_seconds, update_seconds
+from cogcache.train.memory.workload import workload_of
 from cogcache.train.model import add_lora, trainable
 from cogcache.train.objective import loss_per_sample, padded_frames
 from cogcache.train.optimizer import make_optimizer
+from cogcache.variants import Variant
 
 __all__ = ["RowSettings", "StepRow", "measure_step", "rows"]
 
@@ -51,16 +56,18 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class StepRow:
-    """What a row gave. Memory in GiB at the peak of the measured steps; ``predicted`` is what the planner expects.
+    """What a row gave. Memory in GiB at the peak of the measured steps.
 
+    ``predicted_*`` is what the planner expects; no time where the GPU is not one that it knows.
     ``first_step_s`` holds the compilation.
     """
 
     recipe: str
     batch_size: int
     step_s: float
+    predicted_s: float | None
     peak_gib: float
-    predicted_gib: float | None
+    predicted_gib: float
     first_step_s: float
     loss: float
 
@@ -87,7 +94,8 @@ def measure_step(settings: RowSettings) -> StepRow:
     add_lora(transformer, config)
     set_matmul_precision(device, native)
     measures = next((found for tier, found in TIERS.items() if tier == settings.recipe), None)
-    predicted = _prepare(transformer, variant, measures, settings, device)
+    _prepare(transformer, measures, device)
+    predicted_s, predicted_gib = _predicted(transformer, variant, measures, settings, native)
     optimizer = make_optimizer(
         config, trainable(transformer), on_host=measures is not None and measures.optimizer == "host"
     )
@@ -116,7 +124,9 @@ def measure_step(settings: RowSettings) -> StepRow:
     _wait(device)
     seconds = (time.perf_counter() - started) / settings.steps
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    return StepRow(settings.recipe, settings.batch_size, seconds, peak, predicted, first, loss)
+    return StepRow(
+        settings.recipe, settings.batch_size, seconds, predicted_s, peak, predicted_gib, first, loss
+    )
 
 
 def _wait(device: torch.device) -> None:
@@ -124,20 +134,30 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _prepare(
-    transformer: Any, variant: Any, measures: Measures | None, settings: RowSettings, device: torch.device
-) -> float | None:
+def _prepare(transformer: Any, measures: Measures | None, device: torch.device) -> None:
     if measures is None:
         transformer.enable_gradient_checkpointing()
-        return None
-    bucket = _bucket(settings)
-    load = workload_of(transformer, variant, [bucket], settings.batch_size)
+        return
     if measures.weights == "host":
         transformer.to("cpu")
     install(transformer, measures, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return estimate(load, measures).device / 2**30
+
+
+def _predicted(
+    transformer: Any, variant: Variant, measures: Measures | None, settings: RowSettings, dtype: torch.dtype
+) -> tuple[float | None, float]:
+    """Seconds a step, if the GPU is a known one, and GiB at its peak, as the planner has them."""
+    bucket, size = _bucket(settings), settings.batch_size
+    load = workload_of(transformer, variant, [bucket], size, dtype)
+    card = find_card(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    seconds = None
+    if card:
+        flops = step_flops(transformer, variant, bucket, size, measures)
+        seconds = microbatch_seconds(load, flops, measures, card.rates)
+        seconds += update_seconds(load, measures, card.rates)
+    return seconds, estimate(load, measures).device / 2**30
 
 
 def _bucket(settings: RowSettings) -> Bucket:

@@ -20,14 +20,15 @@ from torch import Tensor
 
 from cogcache.config import TrainConfig
 from cogcache.errors import ConfigError
-from cogcache.geometry import Bucket, Size
+from cogcache.geometry import Size
 from cogcache.tiny import Family
 from cogcache.train import train
 from cogcache.train.memory.blocks import BlockRunner, install
 from cogcache.train.memory.choose import choose_measures
-from cogcache.train.memory.estimate import Need, Workload, estimate, workload_of
+from cogcache.train.memory.estimate import Need, estimate
 from cogcache.train.memory.host import CopyStreams, HostPool
 from cogcache.train.memory.measures import TIERS, Measures
+from cogcache.train.memory.workload import Workload
 from cogcache.train.model import add_lora, load_scheduler, load_transformer, trainable
 from cogcache.train.objective import loss_per_sample, padded_frames
 from cogcache.variants import read_variant
@@ -218,35 +219,6 @@ def test_the_pool_reuses_buffers_and_keeps_odd_layouts() -> None:
     assert pool.bytes == taken + base.nbytes
 
 
-def workload(tiny_models: Models, batch_size: int = 2) -> tuple[Any, Workload]:
-    root = tiny_models("5b")
-    transformer = with_lora(root, ATTENTION)
-    variant = read_variant(root)
-    return transformer, workload_of(transformer, variant, [Bucket(9, 32, 48), Bucket(17, 64, 96)], batch_size)
-
-
-def test_the_workload_is_counted_from_the_largest_bucket(tiny_models: Models) -> None:
-    transformer, load = workload(tiny_models)
-    tokens = 5 * 4 * 6 + 226
-    assert (load.layers, load.unit) == (3, 2 * tokens * 96 * 4)
-    assert load.logsumexp == 2 * tokens * 6 * 4
-    sizes = [t.nbytes for t in [*transformer.parameters(), *transformer.buffers()]]
-    assert load.blocks + load.others + load.trained == sum(sizes)
-
-
-def test_each_measure_moves_what_it_says(tiny_models: Models) -> None:
-    _, load = workload(tiny_models)
-    base = estimate(load, Measures())
-    host = estimate(load, Measures(weights="host"))
-    assert base.device - host.device == load.blocks - 2 * load.blocks // load.layers
-    assert host.host == load.blocks
-    moved = base.device - estimate(load, Measures(inputs="host")).device
-    assert (load.layers - 3) * load.unit < moved < load.layers * load.unit
-    kept = estimate(load, Measures(attention="device"))
-    assert kept.device - base.device == load.layers * (load.unit + load.logsumexp)
-    assert estimate(load, TIERS["tiny"]).host == estimate(load, TIERS["small"]).host + 2 * load.trained
-
-
 GIB = 2**30
 BIG = Workload(
     layers=42, blocks=10 * GIB, others=GIB // 8, trained=GIB // 2, unit=GIB // 10, logsumexp=GIB // 300
@@ -256,16 +228,6 @@ PLENTY = 256 * GIB
 
 def tier_for(config: TrainConfig, device: float, host: float = PLENTY) -> str:
     return choose_measures(config, BIG, Need(int(device * GIB), int(host)))[0]
-
-
-def test_estimates_are_what_was_measured() -> None:
-    """5B, 49x480x720, rank 128, batch 1, on an H200: benchmarks/records/2026-11-22-tiers.md."""
-    load = Workload(
-        layers=42, blocks=int(10.34 * GIB), others=int(0.08 * GIB), trained=132120576 * 4, unit=17776 * 3072 * 2,
-        logsumexp=17776 * 48 * 4,
-    )  # fmt: skip
-    for tier, gib in {"fast": 73.9, "balanced": 18.4, "small": 4.78, "tiny": 3.78}.items():
-        assert estimate(load, TIERS[tier]).device / GIB == pytest.approx(gib, rel=0.03), tier
 
 
 def test_auto_takes_the_fastest_that_fits(settings: Settings) -> None:

@@ -10,12 +10,13 @@ import torch
 
 from cogcache.config import TrainConfig
 from cogcache.errors import ConfigError
-from cogcache.train.memory.estimate import Need, Workload, estimate
+from cogcache.train.memory.estimate import Estimate, Need, estimate
 from cogcache.train.memory.measures import TIERS, Measures, Tier
+from cogcache.train.memory.workload import Workload
 
 __all__ = ["Choice", "choose_measures", "free_memory", "uses_stock_blocks"]
 
-Choice = tuple[str, Measures, Need]
+Choice = tuple[str, Measures, Estimate]
 """Name of the tier, its measures with the single flags applied, and what they should need."""
 
 _DEVICE_SHARE, _HOST_SHARE = 0.94, 0.85
@@ -91,7 +92,7 @@ def choose_measures(
     )
 
 
-def _fits(need: Need, free: Need) -> bool:
+def _fits(need: Estimate, free: Need) -> bool:
     return need.device <= _DEVICE_SHARE * free.device and need.host <= _HOST_SHARE * free.host
 
 

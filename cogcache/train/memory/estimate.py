@@ -1,107 +1,162 @@
 """How much memory a training step takes under given measures, before it is run.
 
-Everything that is kept is counted from shapes. What a block needs while it is at work was measured on an H200 (5B at
-49x480x720, compiled; ``benchmarks/records/2026-11-22-tiers.md``) and is counted in units of one block's video and text
-tokens [B, L + S, dim] in the base's dtype.
+Weights, gradients, optimizer state and all that is kept from the forward to the backward pass are counted from shapes.
+What a block needs while it is at work is counted in units of its video and text tokens [B, L + S, dim] in the dtype
+that is computed in: by following every allocation of the eager blocks on a CPU, and for compiled ones from measured
+peaks (H200, 5B at 49x480x720; ``benchmarks/records/2026-11-22-tiers.md``).
+
+A step has three moments at which memory can peak: the backward pass as it begins (everything kept, no gradients yet),
+as it ends (nothing kept, all gradients), and the update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from torch import nn
-
-from cogcache.geometry import Bucket
 from cogcache.train.memory.measures import Measures
-from cogcache.variants import Variant
+from cogcache.train.memory.workload import Workload, page_locked
 
-__all__ = ["Need", "Workload", "estimate", "workload_of"]
+__all__ = ["Estimate", "Need", "estimate"]
 
-_WORK_UNITS = 13.3
-"""A block's backward pass with recomputation: mostly the feed-forward's inner activation, four units wide."""
-_INPUT_UNITS, _ATTENTION_UNITS = 2.0, 5.2
-"""What is on its way to or from the host, added to it."""
-_KEPT_UNITS = 14.4
-"""What a block's forward pass keeps where nothing is recomputed."""
 _SLOTS = 2
+_CHUNK = 4 * (64 << 20)
+"""What the update of an optimizer on the host has on the device at once: values, moments and a temporary."""
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What decides the memory of a step. Bytes, but for ``layers`` and the two numbers of a token.
-
-    Attributes:
-        blocks: Frozen weights of all blocks.
-        others: Weights outside of the blocks.
-        trained: Trained parameters in float32.
-        unit: One block's tokens [B, L + S, dim] in the base's dtype.
-        logsumexp: Attention's log-sum-exp of one block, float32 [B, H, L + S].
+class _Work:
+    """What is at work in one block's backward pass, in units of its tokens: base, and for each byte of LoRA input
+    outside of attention.
     """
 
-    layers: int
-    blocks: int
-    others: int
-    trained: int
-    unit: int
-    logsumexp: int
+    base: float
+    wide: float
+
+
+_COMPILED, _EAGER = _Work(18.2, 1.8), _Work(19.6, 1.8)
+"""Blocks cut at their attention, whose output was kept."""
+_HEADS_UNITS = 7.0
+"""Query, key and value and what made them, alive all the while where attention itself is computed again."""
+_TRAVEL_UNITS = 2.0
+"""Of each kind that is kept on the host: one tensor in use and one that arrives."""
+_KEEP_ALL = _Work(8.3, 1.2)
+_KEPT_UNITS = 14.07
+"""What each block's forward pass keeps where nothing is computed again."""
+_PLAIN, _AUTOCAST = _Work(28.5, 2.6), _Work(30.0, 2.6)
+"""diffusers' own blocks with PEFT's float32 products; the same under autocast."""
+_PLAIN_KEPT_UNITS = 28.0
+"""As ``_KEPT_UNITS`` for them: without checkpointing."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes at the peak of a step, on the device and page-locked on the host."""
+    """Bytes on the device and on the host."""
 
     device: int
     host: int
 
 
-def workload_of(transformer: Any, variant: Variant, buckets: Sequence[Bucket], batch_size: int) -> Workload:
-    """The workload of the largest bucket. ``transformer`` holds what is trained."""
-    tokens = max(variant.video_tokens(b.frames, b.size) for b in buckets) + variant.text_length
-    dim = variant.num_attention_heads * variant.attention_head_dim
-    blocks: nn.ModuleList = transformer.transformer_blocks
-    frozen = [p for p in blocks.parameters() if not p.requires_grad]
-    trained = [p for p in transformer.parameters() if p.requires_grad]
-    everything = [*transformer.parameters(), *transformer.buffers()]
-    total = sum(t.numel() * t.element_size() for t in everything)
-    blocks_bytes = sum(p.numel() * p.element_size() for p in frozen)
-    trained_bytes = sum(p.numel() * 4 for p in trained)
-    return Workload(
-        layers=len(blocks),
-        blocks=blocks_bytes,
-        others=total - blocks_bytes - sum(p.numel() * p.element_size() for p in trained),
-        trained=trained_bytes,
-        unit=batch_size * tokens * dim * frozen[0].element_size(),
-        logsumexp=batch_size * tokens * variant.num_attention_heads * 4,
-    )
+@dataclass(frozen=True)
+class Estimate:
+    """Peak of a step by component, bytes; on the host all of it is page-locked.
+
+    Attributes:
+        loading: Host memory while the weights are read, which are on the host until they find their place.
+    """
+
+    device_parts: Mapping[str, int]
+    host_parts: Mapping[str, int] = field(default_factory=dict)
+    loading: int = 0
+
+    @property
+    def device(self) -> int:
+        """Sum of the parts."""
+        return sum(self.device_parts.values())
+
+    @property
+    def host(self) -> int:
+        """Sum of the page-locked parts."""
+        return sum(self.host_parts.values())
 
 
-def estimate(load: Workload, measures: Measures) -> Need:
-    """Peak of one step."""
-    device, host = load.others + 2 * load.trained, 0
-    if measures.weights == "host":
-        device += _SLOTS * load.blocks // load.layers
-        host += load.blocks
+def estimate(
+    load: Workload, measures: Measures | None, *, checkpointing: bool = True, gradients_stay: bool = False
+) -> Estimate:
+    """Peak of one step.
+
+    Args:
+        measures: None for diffusers' own blocks.
+        checkpointing: Whether those checkpoint.
+        gradients_stay: Whether gradients are there as the backward pass begins: with several microbatches a step,
+            or several processes.
+    """
+    how = measures or Measures(recompute=checkpointing)
+    fixed = _fixed(load, how)
+    gradients, kept = load.trained, _kept(load, how, own=measures is not None)
+    working = _working(load, how, own=measures is not None)
+    begin = {**fixed, "gradients": gradients * gradients_stay, **kept, "working_set": working}
+    end = {**fixed, "gradients": gradients, "working_set": working}
+    temporary = _CHUNK if how.optimizer == "host" else load.trained
+    update = {**fixed, "gradients": gradients, "working_set": min(temporary, load.trained)}
+    peak = max((begin, end, update), key=lambda parts: sum(parts.values()))
+    every = dict.fromkeys([*fixed, "gradients", *_KEPT, "working_set"], 0)
+    weights = load.blocks + load.others + load.trained
+    return Estimate({**every, **peak}, _host(load, how), weights + load.blocks // load.layers)
+
+
+_KEPT = ("block_inputs", "attention_outputs", "activations")
+
+
+def _fixed(load: Workload, how: Measures) -> dict[str, int]:
+    """What is on the device all the time."""
+    streamed = how.weights == "host"
+    return {
+        "frozen_weights": _SLOTS * load.blocks // load.layers if streamed else load.blocks,
+        "trained_weights": load.trained,
+        "others": load.others,
+        "optimizer_state": 0 if how.optimizer == "host" else 2 * load.trained,
+    }
+
+
+def _kept(load: Workload, how: Measures, *, own: bool) -> dict[str, int]:
+    """What the forward pass leaves on the device for the backward pass."""
+    if not how.recompute:
+        units = _KEPT_UNITS if own else _PLAIN_KEPT_UNITS
+        each = units * load.unit + load.logsumexp + load.low + _KEEP_ALL.wide * load.wide
+        casts = max(load.trained // 2, load.layers * load.cast)
+        return {"activations": int(load.layers * each) + casts}
+    parts = {"block_inputs": load.layers * (load.text if how.inputs == "host" else load.unit)}
+    if how.attention is not None:
+        outputs = load.unit if how.attention == "device" else 0
+        parts["attention_outputs"] = load.layers * (outputs + load.logsumexp)
+    return parts
+
+
+def _working(load: Workload, how: Measures, *, own: bool) -> int:
+    """One block at work in the backward pass, and what travels meanwhile."""
+    if not own:
+        work = _AUTOCAST if load.cast else _PLAIN
+    elif not how.recompute:
+        work = _KEEP_ALL
     else:
-        device += load.blocks
-    if measures.optimizer == "host":
-        host += 2 * load.trained
-    else:
-        device += 2 * load.trained
-    if not measures.recompute:
-        return Need(device + int(_KEPT_UNITS * load.unit * load.layers), host)
-    work = _WORK_UNITS
-    if measures.inputs == "host":
-        work += _INPUT_UNITS
-        host += load.layers * load.unit
-    else:
-        device += load.layers * load.unit
-    if measures.attention is not None:
-        device += load.layers * load.logsumexp
-    if measures.attention == "host":
-        work += _ATTENTION_UNITS
-        host += load.layers * load.unit
-    elif measures.attention == "device":
-        device += load.layers * load.unit
-    return Need(device + int(work * load.unit), host)
+        work = _COMPILED if how.compile else _EAGER
+    units = work.base
+    if own and how.recompute:
+        units += _HEADS_UNITS * (how.attention is None)
+        units += _TRAVEL_UNITS * ((how.inputs == "host") + (how.attention == "host"))
+    low = load.low if own else 2 * load.low  # PEFT's are float32
+    return int(units * load.unit + work.wide * load.wide) + low + load.cast
+
+
+def _host(load: Workload, how: Measures) -> dict[str, int]:
+    parts = dict.fromkeys(("frozen_weights", "optimizer_state", *_KEPT[:2]), 0)
+    if how.weights == "host":
+        parts["frozen_weights"] = load.layers * page_locked(load.blocks // load.layers)
+    if how.optimizer == "host":
+        parts["optimizer_state"] = 2 * load.locked
+    if how.inputs == "host":
+        parts["block_inputs"] = load.layers * page_locked(load.unit - load.text)
+    if how.attention == "host":
+        parts["attention_outputs"] = load.layers * page_locked(load.unit)
+    return parts

@@ -9,8 +9,8 @@ from cogcache.progress import say
 from cogcache.train.data import Samples
 from cogcache.train.memory.blocks import install
 from cogcache.train.memory.choose import choose_measures, free_memory, uses_stock_blocks
-from cogcache.train.memory.estimate import workload_of
 from cogcache.train.memory.measures import Measures
+from cogcache.train.memory.workload import workload_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -1,0 +1,203 @@
+"""Memory and time of a step before it is run, against shapes and against what was measured.
+
+Mutations tried, each caught: gradients counted as the backward pass begins; text left out of what stays on the device;
+host memory not rounded; one slot for streamed weights; autocast's casts left out; recomputation left out of the time;
+the link's time added instead of compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cogcache.bench.real import real_transformer
+from cogcache.config import TrainConfig
+from cogcache.geometry import Bucket, parse_bucket
+from cogcache.tiny import Family
+from cogcache.train.adapter import peft_config
+from cogcache.train.flops import step_flops
+from cogcache.train.memory.estimate import estimate
+from cogcache.train.memory.gpus import CARDS, find_card, given_rates, measured_rates
+from cogcache.train.memory.measures import TIERS, Measures
+from cogcache.train.memory.speed import Rates, microbatch_seconds, update_seconds
+from cogcache.train.memory.workload import Workload, page_locked, workload_of
+from cogcache.train.model import add_lora, load_transformer
+from cogcache.variants import Variant, read_variant
+
+Models = Callable[[Family], Path]
+
+GIB = 2**30
+HD, LARGE = "49x480x720", "81x768x1360"
+MEASURED = [  # family, bucket, recipe, batch, seconds, GiB; rank 128, one H200
+    ("5b", HD, "reference", 1, 3.660, 29.92),  # benchmarks/records/2026-11-22-tiers.md
+    ("5b", HD, "fast", 1, 2.055, 73.93),
+    ("5b", HD, "balanced", 1, 2.290, 18.36),
+    ("5b", HD, "small", 1, 2.301, 4.78),
+    ("5b", HD, "tiny", 1, 2.336, 3.78),
+    ("5b", HD, "small", 2, 4.589, 7.01),
+    ("5b", HD, "plain", 1, 3.66, 19.11),  # benchmarks/records/2026-11-22-h200.md
+    ("1.5-5b-i2v", LARGE, "plain", 1, 15.94, 30.15),
+]
+
+
+@cache
+def real(family: Family, dtype: torch.dtype) -> tuple[Any, Variant]:
+    """A model of published size with a LoRA of rank 128, on the meta device."""
+    transformer, variant = real_transformer(family, dtype, torch.device("meta"))
+    with torch.device("meta"):
+        transformer.add_adapter(peft_config(transformer, TrainConfig(shards=Path("unused"))))
+    transformer.enable_gradient_checkpointing()
+    return transformer, variant
+
+
+@pytest.mark.parametrize(("family", "bucket", "recipe", "batch", "seconds", "gib"), MEASURED)
+def test_predictions_are_what_was_measured(
+    family: Family, bucket: str, recipe: str, batch: int, seconds: float, gib: float
+) -> None:
+    reference = recipe == "reference"
+    transformer, variant = real(family, torch.float32 if reference else torch.bfloat16)
+    shape, measures = parse_bucket(bucket), next((m for name, m in TIERS.items() if name == recipe), None)
+    load = workload_of(transformer, variant, [shape], batch, torch.bfloat16)
+    assert estimate(load, measures).device / GIB == pytest.approx(gib, rel=0.05)
+    rates = CARDS[0].rates
+    flops = step_flops(transformer, variant, shape, batch, measures)
+    found = microbatch_seconds(load, flops, measures, rates) + update_seconds(load, measures, rates)
+    assert found == pytest.approx(seconds, rel=0.05)
+
+
+def with_lora(root: Path, **changes: Any) -> Any:
+    transformer = load_transformer(root, torch.float32)
+    add_lora(transformer, TrainConfig(shards=Path("unused"), **{"rank": 3, **changes}))
+    return transformer
+
+
+def workload(tiny_models: Models, **changes: Any) -> tuple[Any, Workload]:
+    root = tiny_models("5b")
+    transformer = with_lora(root, **changes)
+    buckets = [Bucket(9, 32, 48), Bucket(17, 64, 96)]
+    return transformer, workload_of(transformer, read_variant(root), buckets, 2)
+
+
+def test_the_workload_is_counted_from_the_largest_bucket(tiny_models: Models) -> None:
+    transformer, load = workload(tiny_models)
+    tokens = 5 * 4 * 6 + 226
+    assert (load.layers, load.unit) == (3, 2 * tokens * 96 * 4)
+    assert load.logsumexp == 2 * tokens * 6 * 4
+    assert load.text == 2 * 226 * 96 * 4
+    assert (load.low, load.wide, load.cast) == (2 * tokens * 4 * 3 * 4, 0, 0)
+    sizes = [t.nbytes for t in [*transformer.parameters(), *transformer.buffers()]]
+    assert load.blocks + load.others + load.trained == sum(sizes)
+    assert workload(tiny_models, target_modules=["attention+ff"])[1].wide == 2 * tokens * (96 + 4 * 96) * 4
+
+
+def test_under_autocast_tokens_are_small_and_weights_are_cast(tiny_models: Models) -> None:
+    transformer, load = workload(tiny_models)
+    variant, buckets = read_variant(tiny_models("5b")), [Bucket(9, 32, 48), Bucket(17, 64, 96)]
+    cast = workload_of(transformer, variant, buckets, 2, torch.bfloat16)
+    assert (cast.unit, cast.blocks, cast.cast) == (load.unit // 2, load.blocks, load.blocks // 3 // 2)
+    more = replace(cast, cast=2 * cast.cast)
+    assert estimate(more, None).device - estimate(cast, None).device == cast.cast
+    everything = workload_of(transformer.requires_grad_(True), variant, buckets, 2)
+    assert (everything.blocks, everything.others) == (0, sum(b.nbytes for b in transformer.buffers()))
+    assert estimate(everything, None).device >= 4 * everything.trained
+
+
+def test_each_measure_moves_what_it_says(tiny_models: Models) -> None:
+    _, load = workload(tiny_models)
+    base = estimate(load, Measures()).device_parts
+    streamed = estimate(load, Measures(weights="host"))
+    assert streamed.device_parts["frozen_weights"] == 2 * load.blocks // load.layers
+    assert streamed.host == streamed.host_parts["frozen_weights"] == 3 * page_locked(load.blocks // 3)
+    assert base["block_inputs"] == load.layers * load.unit
+    away = estimate(load, Measures(inputs="host"))
+    assert away.device_parts["block_inputs"] == load.layers * load.text
+    assert away.host_parts["block_inputs"] == 3 * page_locked(load.unit - load.text)
+    assert away.device_parts["working_set"] == base["working_set"] + 2 * load.unit
+    kept = estimate(load, Measures(attention="device")).device_parts
+    assert kept["attention_outputs"] == load.layers * (load.unit + load.logsumexp)
+    tiny, small = estimate(load, TIERS["tiny"]), estimate(load, TIERS["small"])
+    assert tiny.host == small.host + 2 * load.locked
+    assert tiny.device_parts["optimizer_state"] == 0
+
+
+def test_the_peak_is_that_of_the_fullest_moment(tiny_models: Models) -> None:
+    _, load = workload(tiny_models)
+    begin = estimate(load, None)
+    assert begin.device_parts["gradients"] == 0  # all inputs are kept, no gradient is there yet
+    assert estimate(load, None, gradients_stay=True).device == begin.device + load.trained
+    end = estimate(load, TIERS["small"])
+    few = replace(load, trained=1000 * load.trained)
+    assert estimate(few, TIERS["small"]).device_parts["gradients"] == few.trained
+    assert (
+        estimate(few, None).device == 5 * few.trained + load.blocks + load.others
+    )  # the update's temporaries
+    assert end.device == sum(end.device_parts.values())
+
+
+def test_without_checkpointing_everything_is_kept(tiny_models: Models) -> None:
+    _, load = workload(tiny_models)
+    assert estimate(load, None, checkpointing=False).device > estimate(load, TIERS["fast"]).device
+    assert estimate(load, TIERS["fast"]).device_parts["activations"] > 42 * load.unit
+
+
+def test_page_locked_memory_comes_in_powers_of_two() -> None:
+    assert [page_locked(size) for size in (1, 2, 3, 1 << 20, (1 << 20) + 1)] == [1, 2, 4, 1 << 20, 1 << 21]
+
+
+RATES = Rates(linear=1e12, attention=5e11, memory=1e12, link=1e9)
+
+
+def test_time_is_the_longer_of_computing_and_copying(tiny_models: Models) -> None:
+    transformer, load = workload(tiny_models)
+    variant, bucket = read_variant(tiny_models("5b")), Bucket(17, 64, 96)
+
+    def seconds(measures: Measures | None, rates: Rates = RATES) -> float:
+        return microbatch_seconds(
+            load, step_flops(transformer, variant, bucket, 2, measures), measures, rates
+        )
+
+    compiled = Measures(attention="device", compile=True)
+    streamed = replace(compiled, weights="host")
+    slow, quick = replace(RATES, link=1.0), replace(RATES, link=1e15)
+    assert seconds(streamed, slow) == pytest.approx(2 * load.blocks)
+    assert seconds(streamed, quick) == seconds(compiled)
+    assert seconds(TIERS["fast"]) < seconds(compiled) < seconds(replace(compiled, attention=None))
+    assert seconds(replace(compiled, compile=False)) > seconds(compiled)
+    on_host = update_seconds(load, TIERS["tiny"], RATES) - update_seconds(load, TIERS["small"], RATES)
+    assert on_host == pytest.approx(4 * load.trained / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("rtx 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_cards_by_name(name: str, card: str | None) -> None:
+    found = find_card(name)
+    assert (found.name if found else None) == card
+
+
+def test_rates_that_are_given_or_measured() -> None:
+    h200 = CARDS[0].rates
+    given = given_rates(989.5)
+    assert (given.linear, given.memory) == pytest.approx((h200.linear, h200.memory))
+    assert given_rates(100, CARDS[0]).memory == pytest.approx(h200.memory)
+    assert given_rates(100, link=7).link == 7e9
+    found = measured_rates(torch.device("cpu"), 64)
+    assert min(found.linear, found.attention, found.memory, found.link) > 0
