@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,21 +18,38 @@ from torch import Tensor, nn
 from cogcache.config import TrainConfig
 from cogcache.errors import CheckpointError
 from cogcache.train.memory.measures import Measures
-from cogcache.train.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from cogcache.train.optimizer import load_optimizer_state, make_optimizer, optimizer_state, update_unless
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Engine", "PlainEngine", "open_engine"]
+__all__ = ["Engine", "PlainEngine", "Update", "open_engine"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update gave: scalars on the device, so that nobody need wait for them.
+
+    Attributes:
+        norm: Gradient norm before clipping; infinity where float16 overflowed: the update was left out and the loss
+            scale shrinks.
+        halted: Whether a loss or a gradient was no number, in this step or before. From then on nothing is updated.
+    """
+
+    norm: Tensor
+    halted: Tensor
 
 
 class Engine(Protocol):
     """Gradients, updates and optimizer state of the parameters that require a gradient.
 
-    ``model`` is the transformer as it must be called in training.
+    Attributes:
+        model: The transformer as it must be called in training.
+        waits: Whether :meth:`step` waits for the device anyway, so that nothing is won by reading its result late.
     """
 
     model: nn.Module
+    waits: bool
 
     def microbatch(self, last: bool) -> AbstractContextManager[object]:
         """Around the forward and the backward pass of a microbatch; ``last`` is that before the update."""
@@ -41,14 +59,11 @@ class Engine(Protocol):
         """Add the gradient of ``loss``, a scalar. Gradients are averaged over processes."""
         ...
 
-    def step(self, lr: float) -> float:
-        """Clip once, update, clear the gradients; returns the gradient's norm before clipping.
+    def step(self, lr: float, refused: Tensor) -> Update:
+        """Clip once, update, clear the gradients.
 
-        A norm of infinity is returned where float16 overflowed: the update was left out and the loss scale
-        shrinks.
-
-        Raises:
-            FloatingPointError: if the gradient is not a number. Nothing is updated then.
+        Args:
+            refused: A bool on the device: a loss of this step is no number, so nothing may be updated any more.
         """
         ...
 
@@ -75,6 +90,8 @@ class Engine(Protocol):
 class PlainEngine:
     """Every process holds all gradients and all optimizer state; float16 gets loss scaling."""
 
+    waits = False
+
     def __init__(
         self,
         config: TrainConfig,
@@ -89,6 +106,7 @@ class PlainEngine:
         on_host = measures is not None and measures.optimizer == "host"
         self.optimizer = make_optimizer(config, parameters, on_host=on_host)
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=dtype == torch.float16)
+        self._halted = torch.zeros((), dtype=torch.bool, device=accelerator.device)
 
     def microbatch(self, last: bool) -> AbstractContextManager[object]:
         """See :class:`Engine`."""
@@ -102,20 +120,26 @@ class PlainEngine:
         scaled: Any = self.scaler.scale(loss)
         scaled.backward()
 
-    def step(self, lr: float) -> float:
-        """See :class:`Engine`."""
+    def step(self, lr: float, refused: Tensor) -> Update:
+        """See :class:`Engine`. The host waits for nothing."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
-        scaling_down = self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
-        if not math.isfinite(norm) and not scaling_down:
-            raise FloatingPointError
-        self.scaler.step(self.optimizer)  # skips the step, and the scale shrinks, if float16 overflowed
-        self.scaler.update()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        overflown = ~norm.isfinite()
+        self._halted = self._halted | refused | (overflown & ~self._can_scale_down(norm))
+        update_unless(self.optimizer, self._halted | overflown)
+        self.scaler.update()  # the scale shrinks if float16 overflowed
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return Update(norm, self._halted)
+
+    def _can_scale_down(self, like: Tensor) -> Tensor:
+        """Whether an overflow may be due to the loss scale: a bool on the device."""
+        if not self.scaler.is_enabled():
+            return torch.zeros_like(like, dtype=torch.bool)
+        scale: Tensor = self.scaler.scale(torch.ones_like(like))
+        return scale >= 1.0
 
     def state(self) -> dict[str, Tensor]:
         """See :class:`Engine`."""

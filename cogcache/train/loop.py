@@ -8,8 +8,9 @@ so the gradient does not depend on how the set was dealt.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 
 from cogcache.config import TrainConfig
 from cogcache.draws import seed_for
-from cogcache.errors import NonFiniteError, StoppedError
+from cogcache.errors import CogcacheError, NonFiniteError, StoppedError
 from cogcache.progress import say
 from cogcache.train.checkpoints import Checkpoint, TrainerState, prune_checkpoints, save_checkpoint
+from cogcache.train.clock import StepClock, StepTimes
 from cogcache.train.data import Batch, Samples, StepPlan, read_ahead, step_plans
 from cogcache.train.engine import open_engine
+from cogcache.train.late import LateNumbers, Uploads
 from cogcache.train.memory.measures import Measures
 from cogcache.train.model import trainable
 from cogcache.train.objective import loss_per_sample
@@ -36,6 +39,26 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["Trainer"]
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """An optimizer step that was given to the device. ``numbers`` are the losses of all processes in rows, each with
+    the number of a signal behind it; then the gradient's norm, and whether a number was none so far."""
+
+    plan: StepPlan
+    lr: float
+    numbers: LateNumbers
+    times: Callable[[], StepTimes]
+
+    def read(self) -> StepResult:
+        """What it gave; waits for it."""
+        *flat, norm, halted = self.numbers.read()
+        width = len(flat) // len(self.plan.micros)
+        rows = [flat[start : start + width] for start in range(0, len(flat), width)]
+        pairs = (pair for p, row in enumerate(rows) for pair in zip(self.plan.real(p), row, strict=False))
+        stop = int(max(row[-1] for row in rows))
+        return StepResult(dict(sorted(pairs)), norm, self.lr, stop, bool(halted), self.times())
 
 
 class Trainer:
@@ -72,7 +95,11 @@ class Trainer:
         self.device, self.process = accelerator.device, accelerator.process_index
         self.scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
         self.engine = open_engine(config, accelerator, transformer, trainable(transformer), dtype, measures)
+        self.clock = StepClock(self.device)
         self.done = 0
+        self._launched: LaunchedStep | None = None
+        self._loss: float | None = None
+        self._report = NoReport()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where ``checkpoint`` was made.
@@ -87,55 +114,90 @@ class Trainer:
     def train(self) -> float | None:
         """Run the remaining optimizer steps; the loss of the last one, None if there was none to do.
 
+        The numbers of a step are read while the next one runs, so the device never waits for the host.
+
         Raises:
             NonFiniteError: if a loss or the gradient is not a number; nothing is updated then.
             StoppedError: after Ctrl-C or SIGTERM, with a checkpoint saved.
         """
-        loss = None
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
-            report = stack.enter_context(self._open_report())
-            batches = stack.enter_context(closing(self._batches()))
+            self._report = stack.enter_context(self._open_report())
+            uploads = Uploads(stack.enter_context(closing(self._batches())), self.device)
             if self.validator.missing(self.done):
-                self._validate(report, stop)
+                self._validate(stop)
+            self.clock.restart()
             for plan in self._plans():
-                result = self._step(plan, batches, stop)
-                self.done, loss = plan.number, result.loss
-                report.step(plan, result)
-                if result.stop or self._checkpoint_due():
-                    self.save()
-                if result.stop:
-                    raise self._stopped(result.stop)
-                if self.validator.due(self.done):
-                    self._validate(report, stop)
-        return loss
+                self._go_on(plan, uploads, stop)
+            self._finish_last()
+        return self._loss
 
-    def _validate(self, report: NoReport, stop: StopRequest) -> None:
+    def _go_on(self, plan: StepPlan, uploads: Uploads, stop: StopRequest) -> None:
+        """Give the device one more step, then look after the one before."""
+        try:
+            launched = self._launch(plan, uploads, stop)
+        except CogcacheError:
+            self._finish_last()
+            raise
+        asked = self._finish_last()
+        self.done, self._launched = plan.number, launched
+        if self.engine.waits or self._checkpoint_due() or self.validator.due(self.done):
+            asked = asked or self._finish_last()
+        if self.accelerator.num_processes == 1:
+            asked = stop.number  # else all must hear of it at the same step
+        if asked:
+            self._finish_last()
+        if asked or self._checkpoint_due():
+            self.save()
+        if asked:
+            raise self._stopped(asked)
+        if self.validator.due(self.done):
+            self._validate(stop)
+
+    def _finish_last(self) -> int:
+        """Read and report the step that was launched last; the number of a signal that a process had got by then."""
+        step, self._launched = self._launched, None
+        if step is None:
+            return 0
+        result = step.read()
+        self._refuse_non_finite(step.plan, result)
+        self._loss = result.loss
+        self._report.step(step.plan, result)
+        return result.stop
+
+    def _validate(self, stop: StopRequest) -> None:
         """Validate the state after the steps done. A checkpoint, if due, is saved already."""
         result = self.validator.run(self.done, stop)
         if result.stop:  # what was validated is not reported: the resumed run does it anew
             self.save()
             raise self._stopped(result.stop)
-        report.validation(self.done, result)
+        self._report.validation(self.done, result)
+        self.clock.restart()
 
-    def _step(self, plan: StepPlan, batches: Iterator[Batch], stop: StopRequest) -> StepResult:
+    def _launch(self, plan: StepPlan, uploads: Uploads, stop: StopRequest) -> LaunchedStep:
         micros = plan.micros[self.process]
         losses = []
         for number, micro in enumerate(micros, 1):
+            batch = uploads.take()
+            self.clock.lap("data", at_most=uploads.waited())
             with self.engine.microbatch(last=number == len(micros)):
-                loss_b = self._forward(next(batches), plan.number, number)
+                loss_b = self._forward(batch, plan.number, number)
+                self.clock.lap("forward")
                 losses.append(loss_b.detach()[: micro.real])
                 self._backward(loss_b, micro.real, len(plan.batch))
-        per_sample, stop_number = self._exchange(plan, torch.cat(losses), stop)
-        self._refuse_non_finite(plan, per_sample)
+                self.clock.lap("backward")
         lr = learning_rate(self.config, plan.number - 1)
-        return StepResult(per_sample, self._update(plan, lr), lr, stop_number)
+        rows = self._exchange(torch.cat(losses), stop)
+        update = self.engine.step(lr, ~rows.isfinite().all())
+        self.clock.lap("optimizer")  # before the numbers leave, so that it has passed when they are read
+        numbers = LateNumbers(torch.cat([rows.flatten(), update.norm.view(1), update.halted.view(1)]))
+        uploads.ahead()
+        return LaunchedStep(plan, lr, numbers, self.clock.finish())
 
     def _forward(self, batch: Batch, step: int, micro: int) -> Tensor:
         """Loss of each sample of a microbatch, fillers included, float32 [B]."""
         if self.config.lora_dropout:
             torch.manual_seed(seed_for(self.config.seed, "lora dropout", step, micro, self.process))
-        batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         return loss_per_sample(
             self.engine.model,
             self.scheduler,
@@ -156,17 +218,19 @@ class Trainer:
         loss = (loss_b * weights_b).sum() * (self.accelerator.num_processes / total)
         self.engine.backward(loss)
 
-    def _exchange(self, plan: StepPlan, losses: Tensor, stop: StopRequest) -> tuple[dict[int, float], int]:
-        """Every process learns all losses of the step, and whether any process was asked to stop."""
+    def _exchange(self, losses: Tensor, stop: StopRequest) -> Tensor:
+        """All losses of the step and whether a process was asked to stop, in every process: a row for each, with the
+        number of its signal last. Nobody reads them here."""
         row = torch.zeros(self.config.batch_size * self.config.grad_accum + 1, device=self.device)
         row[: len(losses)] = losses
-        row[-1] = stop.number
-        rows = self.accelerator.gather(row).view(-1, len(row)).tolist()
-        pairs = (pair for p, values in enumerate(rows) for pair in zip(plan.real(p), values, strict=False))
-        return dict(sorted(pairs)), int(max(values[-1] for values in rows))
+        row[-1].fill_(stop.number)  # assigned, the number would be copied from the host
+        rows: Tensor = self.accelerator.gather(row)
+        return rows.view(-1, len(row))
 
-    def _refuse_non_finite(self, plan: StepPlan, losses: dict[int, float]) -> None:
-        bad = [self.samples.records[index] for index, loss in losses.items() if not math.isfinite(loss)]
+    def _refuse_non_finite(self, plan: StepPlan, result: StepResult) -> None:
+        bad = [
+            self.samples.records[index] for index, loss in result.losses.items() if not math.isfinite(loss)
+        ]
         if bad:
             names = ", ".join(f"{record.id} ({record.source})" for record in bad)
             raise NonFiniteError(
@@ -174,16 +238,11 @@ class Trainer:
                 "Nothing was updated. Resume from the last checkpoint with a lower --lr, "
                 "or look at that clip.",
             )
-
-    def _update(self, plan: StepPlan, lr: float) -> float:
-        """Update the parameters; returns the gradient norm before clipping."""
-        try:
-            return self.engine.step(lr)
-        except FloatingPointError:
+        if result.halted:
             raise NonFiniteError(
                 f"the gradient of step {plan.number} is not a number.",
                 "Nothing was updated. Resume from the last checkpoint with a lower --lr.",
-            ) from None
+            )
 
     def save(self) -> None:
         """Save a checkpoint of the steps done, then delete the oldest beyond the limit."""

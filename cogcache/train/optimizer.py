@@ -11,28 +11,55 @@ from cogcache.config import TrainConfig
 from cogcache.errors import CheckpointError
 from cogcache.train.memory.optimizer import HostAdamW
 
-__all__ = ["check_optimizer_state", "load_optimizer_state", "make_optimizer", "optimizer_state"]
+__all__ = [
+    "check_optimizer_state",
+    "load_optimizer_state",
+    "make_optimizer",
+    "optimizer_state",
+    "update_unless",
+]
 
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(
-    config: TrainConfig, parameters: Mapping[str, nn.Parameter], *, on_host: bool = False
+    config: TrainConfig,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    on_host: bool = False,
+    fused: bool | None = None,
 ) -> torch.optim.AdamW:
     """AdamW as configured; the learning rate is set anew before every step.
 
     Args:
         on_host: Keep its state in host memory.
+        fused: Take torch's fused kernel, which can leave an update out by a flag on the device
+            (:func:`update_unless`), and counts steps there. Default: on GPUs.
     """
     kind = HostAdamW if on_host else torch.optim.AdamW
+    if fused is None:
+        fused = all(parameter.is_cuda for parameter in parameters.values())
     return kind(
         parameters.values(),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
+        fused=fused or None,
     )
+
+
+def update_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Update, unless ``skip``, a bool beside the parameters, is true: then weights and state stay as they are.
+
+    On a GPU nobody reads the flag but the kernel of a fused optimizer: it is the one that torch's loss scaling sets.
+    """
+    if skip.is_cuda:
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not skip:
+        optimizer.step()
 
 
 def optimizer_state(
@@ -86,7 +113,6 @@ def load_optimizer_state(
         if isinstance(optimizer, HostAdamW):
             optimizer.state_of(parameter)[key].copy_(value)
             continue
-        # AdamW counts steps on the CPU; the moments live beside their parameter.
-        optimizer.state[parameter][key] = (
-            value.clone() if key == "step" else value.to(parameter.device, copy=True)
-        )
+        # AdamW counts steps on the CPU, if it is not fused; the moments live beside their parameter.
+        on_cpu = key == "step" and not optimizer.defaults["fused"]
+        optimizer.state[parameter][key] = value.clone() if on_cpu else value.to(parameter.device, copy=True)

@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from cogcache.config import TrainConfig
 from cogcache.progress import Progress, say
+from cogcache.train.clock import StepTimes
 from cogcache.train.data import Samples, StepPlan
 from cogcache.train.metrics import ValidationResult, open_trackers
 
@@ -25,13 +26,19 @@ __all__ = ["NoReport", "Report", "StepResult"]
 class StepResult:
     """What one optimizer step gave.
 
-    ``losses`` by sample index, over all processes; ``stop`` is a signal's number, 0 for none.
+    Attributes:
+        losses: By sample index, over all processes.
+        stop: A signal's number, 0 for none.
+        halted: Whether a loss or the gradient was no number, so that nothing was updated.
+        times: Where the time went, on the main process.
     """
 
     losses: dict[int, float]
     grad_norm: float
     lr: float
     stop: int
+    halted: bool
+    times: StepTimes
 
     @property
     def loss(self) -> float:

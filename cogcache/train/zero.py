@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cogcache.config import TrainConfig
 from cogcache.errors import CheckpointError, ConfigError
+from cogcache.train.engine import Update
 from cogcache.train.optimizer import check_optimizer_state, make_optimizer
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
 class ZeroEngine:
     """An :class:`~cogcache.train.engine.Engine`: every process updates its share of the parameters."""
 
+    waits = True
+
     def __init__(
         self,
         config: TrainConfig,
@@ -79,7 +82,7 @@ class ZeroEngine:
         settings["train_batch_size"] = config.batch_size * accelerator.num_processes
         settings["gradient_clipping"] = config.max_grad_norm
         self.model: Any
-        self.model, _ = accelerator.prepare(transformer, make_optimizer(config, parameters))
+        self.model, _ = accelerator.prepare(transformer, make_optimizer(config, parameters, fused=False))
 
     def microbatch(self, last: bool) -> AbstractContextManager[object]:
         """See :class:`~cogcache.train.engine.Engine`."""
@@ -90,15 +93,15 @@ class ZeroEngine:
         """See :class:`~cogcache.train.engine.Engine`."""
         self.model.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
-        """See :class:`~cogcache.train.engine.Engine`."""
+    def step(self, lr: float, refused: Tensor) -> Update:
+        """See :class:`~cogcache.train.engine.Engine`. DeepSpeed waits for the norm, and so may we."""
+        if refused:
+            return Update(torch.full_like(refused, math.nan, dtype=torch.float32), refused)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self.model.step()  # clips, and leaves the update out where the norm is not finite
-        norm = float(self.model.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise FloatingPointError
-        return norm
+        norm = torch.as_tensor(self.model.get_global_grad_norm(), dtype=torch.float32, device=refused.device)
+        return Update(norm, ~norm.isfinite())
 
     def state(self) -> dict[str, Tensor]:
         """See :class:`~cogcache.train.engine.Engine`."""

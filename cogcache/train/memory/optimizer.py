@@ -50,6 +50,8 @@ class HostAdamW(torch.optim.AdamW):
                     squares,
                     [],
                     [state["step"] for state in states],
+                    fused=group["fused"],
+                    found_inf=getattr(self, "found_inf", None),
                     amsgrad=False,
                     beta1=beta1,
                     beta2=beta2,
@@ -72,7 +74,7 @@ class HostAdamW(torch.optim.AdamW):
         """``step``, ``exp_avg`` and ``exp_avg_sq`` of a parameter, zeros at first, on the host."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=parameter.device)  # where a fused update counts
             for name in _MOMENTS:
                 count = parameter.numel() * parameter.element_size()
                 flat = host_memory(count, parameter.device).zero_()
