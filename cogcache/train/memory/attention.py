@@ -1,7 +1,8 @@
 """Fused attention in two halves, so that its output can be kept and its backward pass run without the forward one.
 
 ``F.scaled_dot_product_attention`` keeps what its backward pass needs in the autograd graph; here that is in the
-caller's hands. The kernels are those that it would choose from.
+caller's hands. The kernels are those that it would choose from. Tensors go in and out as [B, S, H, D], as projections
+leave and take them, so that nothing is copied into another order on the way; the kernels see views [B, H, S, D].
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _aten: Any = torch.ops.aten
 
 @dataclass
 class Attended:
-    """The output [B, H, S, D] and what the backward kernel wants beside it."""
+    """The output [B, S, H, D] and what the backward kernel wants beside it; that takes and gives [B, H, S, D]."""
 
     out: Tensor
     logsumexp: Tensor
@@ -28,17 +29,27 @@ class Attended:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Attended:
-    """softmax(Q K^T / sqrt(D)) V, all [B, H, S, D]. No gradient is recorded."""
+    """softmax(Q K^T / sqrt(D)) V, all [B, S, H, D]. No gradient is recorded."""
     with torch.no_grad():
-        return _kernel(query, key, value)(query, key, value)
+        query, key, value = _swap(query), _swap(key), _swap(value)
+        attended = _kernel(query, key, value)(query, key, value)
+        attended.out = _swap(attended.out)
+        return attended
 
 
 def attend_backward(
     attended: Attended, grad: Tensor, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from that of the output."""
+    """Gradients of query, key and value from that of the output, all [B, S, H, D]."""
     with torch.no_grad():
-        return attended.backward(grad, query, key, value, attended.out, attended.logsumexp)
+        query, key, value = _swap(query), _swap(key), _swap(value)
+        grads = attended.backward(_swap(grad), query, key, value, _swap(attended.out), attended.logsumexp)
+        return _swap(grads[0]), _swap(grads[1]), _swap(grads[2])
+
+
+def _swap(tensor: Tensor) -> Tensor:
+    """A view with heads and tokens in the other's place."""
+    return tensor.transpose(1, 2)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -58,9 +69,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        with torch.no_grad():
-            query, key, value, out, logsumexp = ctx.saved_tensors
-            return ctx.kernel(grad, query, key, value, out, logsumexp)
+        query, key, value, out, logsumexp = ctx.saved_tensors
+        return attend_backward(Attended(out, logsumexp, ctx.kernel), grad, query, key, value)
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[[Tensor, Tensor, Tensor], Attended]:

@@ -19,7 +19,7 @@ from cogcache.train.memory.attention import Attended, attend, attend_backward, a
 from cogcache.train.memory.gradients import GradientSum, leaves
 from cogcache.train.memory.host import CopyStreams, HostPool, Kept
 from cogcache.train.memory.measures import Measures
-from cogcache.train.memory.pieces import Rotary, can_skip_last, pieces
+from cogcache.train.memory.pieces import Rotary, can_skip_last, pieces, rotation
 from cogcache.train.memory.weights import StreamedWeights
 
 __all__ = ["BlockRunner", "install"]
@@ -54,10 +54,12 @@ class BlockRunner:
         self._weights = StreamedWeights(blocks, streams) if measures.weights == "host" else None
         self._eager, self._trained = pieces(compiled=False), pieces(compiled=measures.compile)
         self._last: _Record | None = None
+        self._tables: tuple[Rotary, Rotary] = (None, None)
 
     def forward(self, index: int, hidden: Tensor, text: Tensor, temb: Tensor, rotary: Rotary) -> Pair:
         """What the block's own ``forward`` returns. Outside of training nothing is compiled: shapes vary there."""
         block = self.blocks[index]
+        rotary = self._rotation(rotary, text.shape[1])
         if not torch.is_grad_enabled():
             return self._run(self._eager, index, hidden, text, temb, rotary)
         if not self.measures.recompute:
@@ -67,6 +69,12 @@ class BlockRunner:
         step: Any = _BlockStep
         pair: Pair = step.apply(self, index, rotary, hidden, text, temb, *_trained(block))
         return pair
+
+    def _rotation(self, rotary: Rotary, length: int) -> Rotary:
+        """Made for the first block and used by all."""
+        if rotary is not self._tables[0]:
+            self._tables = rotary, rotation(rotary, length)
+        return self._tables[1]
 
     def _run(
         self,

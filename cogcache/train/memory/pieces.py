@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-__all__ = ["Pieces", "Rotary", "can_skip_last", "pieces"]
+__all__ = ["Pieces", "Rotary", "can_skip_last", "pieces", "rotation"]
 
 Rotary: TypeAlias = tuple[Tensor, Tensor] | None
 _RECOMPILE_LIMIT = 64
@@ -43,13 +42,13 @@ def pieces(*, compiled: bool) -> Pieces:
 def before(
     block: Any, hidden: Tensor, text: Tensor, temb: Tensor, rotary: Rotary
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [B, H, L + S, D] of a block.
+    """Query, key and value [B, L + S, H, D] of a block.
 
     Args:
         hidden: Video tokens [B, S, dim].
         text: Text tokens [B, L, dim].
         temb: Embedding of timestep (and ofs) [B, time_embed_dim].
-        rotary: Cosine and sine tables [S, D], or None.
+        rotary: What :func:`rotation` made of the cosine and sine tables, or None.
     """
     attention = block.attn1
     normed, normed_text, _, _ = block.norm1(hidden, text, temb)
@@ -60,21 +59,44 @@ def before(
     if attention.norm_q is not None:
         query, key = attention.norm_q(query), attention.norm_k(key)
     if rotary is not None:
-        length = text.shape[1]
-        query, key = _rotate(query, rotary, length), _rotate(key, rotary, length)
+        query, key = _rotate(query, rotary), _rotate(key, rotary)
     return query, key, value
 
 
 def _heads(tokens: Tensor, heads: int) -> Tensor:
-    return tokens.view(*tokens.shape[:2], heads, -1).transpose(1, 2)
+    return tokens.view(*tokens.shape[:2], heads, -1)
 
 
-def _rotate(states: Tensor, rotary: Rotary, length: int) -> Tensor:
-    return torch.cat([states[:, :, :length], apply_rotary_emb(states[:, :, length:], rotary)], dim=2)
+def rotation(rotary: Rotary, length: int) -> Rotary:
+    """Tables for all tokens, from those [S, D] of the video: float32 [1, L + S, 1, D] each.
+
+    diffusers turns the pairs (a, b) of a head's channels into (a cos - b sin, b cos + a sin). So every channel is its
+    own value times the first table plus its partner's times the second, whose sign alternates. Text has 1 and 0 and
+    stays what it is. In this form nothing is cut and joined, neither in the forward nor in the backward pass.
+
+    Args:
+        length: Text tokens L.
+    """
+    if rotary is None:
+        return None
+    cos, sin = (table.float() for table in rotary)
+    sign = torch.ones_like(sin[:1])
+    sign[:, ::2] = -1
+    cos = torch.cat([cos.new_ones(length, cos.shape[1]), cos])
+    sin = torch.cat([sin.new_zeros(length, sin.shape[1]), sin * sign])
+    return cos[None, :, None], sin[None, :, None]
+
+
+def _rotate(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rotary
+    values = states.float()
+    partners = values.view(*values.shape[:-1], -1, 2).flip(-1).view_as(values)
+    rotated: Tensor = (values * cos + partners * sin).to(states.dtype)
+    return rotated
 
 
 def after(block: Any, hidden: Tensor, text: Tensor, temb: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-    """Video and text tokens behind the block, from its input and the attention output [B, H, L + S, D]."""
+    """Video and text tokens behind the block, from its input and the attention output [B, L + S, H, D]."""
     hidden, text, inner, gate, text_gate = middle(block, hidden, text, temb, attended)
     tokens, length = linear(block.ff.net[2], inner), text.shape[1]
     return hidden + gate * tokens[:, length:], text + text_gate * tokens[:, :length]
@@ -90,7 +112,7 @@ def middle(
     chunks = block.norm1.linear(block.norm1.silu(temb)).chunk(6, dim=1)
     gate, text_gate = chunks[2][:, None, :], chunks[5][:, None, :]
     projection, dropout = block.attn1.to_out
-    tokens = dropout(linear(projection, attended.transpose(1, 2).flatten(2)))
+    tokens = dropout(linear(projection, attended.flatten(2)))
     hidden = hidden + gate * tokens[:, length:]
     text = text + text_gate * tokens[:, :length]
 
