@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from cogcache.config import TrainConfig
 from cogcache.draws import seed_for
 from cogcache.errors import CogcacheError, NonFiniteError, StoppedError
+from cogcache.geometry import Bucket
 from cogcache.progress import say
 from cogcache.train.checkpoints import Checkpoint, TrainerState, prune_checkpoints, save_checkpoint
 from cogcache.train.clock import StepClock, StepTimes
-from cogcache.train.data import Batch, Samples, StepPlan, read_ahead, step_plans
+from cogcache.train.data import Batch, Micro, Samples, StepPlan, read_ahead, step_plans
 from cogcache.train.engine import open_engine
+from cogcache.train.flops import step_flops
 from cogcache.train.late import LateNumbers, Uploads
 from cogcache.train.memory.measures import Measures
 from cogcache.train.model import trainable
@@ -50,6 +52,7 @@ class LaunchedStep:
     lr: float
     numbers: LateNumbers
     times: Callable[[], StepTimes]
+    flops: int
 
     def read(self) -> StepResult:
         """What it gave; waits for it."""
@@ -58,7 +61,7 @@ class LaunchedStep:
         rows = [flat[start : start + width] for start in range(0, len(flat), width)]
         pairs = (pair for p, row in enumerate(rows) for pair in zip(self.plan.real(p), row, strict=False))
         stop = int(max(row[-1] for row in rows))
-        return StepResult(dict(sorted(pairs)), norm, self.lr, stop, bool(halted), self.times())
+        return StepResult(dict(sorted(pairs)), norm, self.lr, stop, bool(halted), self.times(), self.flops)
 
 
 class Trainer:
@@ -72,6 +75,7 @@ class Trainer:
         tuning: What is trained and how it is written.
         validator: Measures held-out clips and samples videos in between.
         measures: Memory measures that the blocks run under; None for diffusers' own blocks.
+        ceiling: Operations a second that the device reaches in matrix products; None if that was not measured.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Trainer:
         tuning: Tuning,
         validator: Validator,
         measures: Measures | None = None,
+        ceiling: float | None = None,
     ) -> None:
         self.config, self.accelerator, self.samples = config, accelerator, samples
         self.transformer, self.scheduler, self.dtype = transformer, scheduler, dtype
@@ -95,6 +100,8 @@ class Trainer:
         self.device, self.process = accelerator.device, accelerator.process_index
         self.scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
         self.engine = open_engine(config, accelerator, transformer, trainable(transformer), dtype, measures)
+        self.measures, self.ceiling = measures, ceiling
+        self._known_flops: dict[tuple[Bucket, int], int] = {}
         self.clock = StepClock(self.device)
         self.done = 0
         self._launched: LaunchedStep | None = None
@@ -192,7 +199,15 @@ class Trainer:
         self.clock.lap("optimizer")  # before the numbers leave, so that it has passed when they are read
         numbers = LateNumbers(torch.cat([rows.flatten(), update.norm.view(1), update.halted.view(1)]))
         uploads.ahead()
-        return LaunchedStep(plan, lr, numbers, self.clock.finish())
+        return LaunchedStep(plan, lr, numbers, self.clock.finish(), sum(map(self._flops, micros)))
+
+    def _flops(self, micro: Micro) -> int:
+        record, size = self.samples.records[micro.samples[0]], len(micro.samples)
+        key = (record.bucket, size)
+        if key not in self._known_flops:
+            flops = step_flops(self.transformer, self.samples.variant, *key, self.measures)
+            self._known_flops[key] = flops.total
+        return self._known_flops[key]
 
     def _forward(self, batch: Batch, step: int, micro: int) -> Tensor:
         """Loss of each sample of a microbatch, fillers included, float32 [B]."""
@@ -271,7 +286,16 @@ class Trainer:
     def _open_report(self) -> NoReport:
         if not self.accelerator.is_main_process:
             return NoReport()
-        return Report(self.config, self.output, self.samples, self.device, self.done)
+        compiles = self.measures is not None and self.measures.compile
+        return Report(
+            self.config,
+            self.output,
+            self.samples,
+            self.device,
+            self.done,
+            compiles=compiles,
+            ceiling=self.ceiling,
+        )
 
     def _stopped(self, number: int) -> StoppedError:
         say(f"Stopped after step {self.done} of {self.config.steps}; checkpoint saved.")

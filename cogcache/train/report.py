@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,13 @@ import torch
 from typing_extensions import Self
 
 from cogcache.config import TrainConfig
+from cogcache.errors import StoppedError
+from cogcache.geometry import Bucket
 from cogcache.progress import Progress, say
 from cogcache.train.clock import StepTimes
 from cogcache.train.data import Samples, StepPlan
 from cogcache.train.metrics import ValidationResult, open_trackers
+from cogcache.train.verdict import Tally
 
 __all__ = ["NoReport", "Report", "StepResult"]
 
@@ -30,7 +32,8 @@ class StepResult:
         losses: By sample index, over all processes.
         stop: A signal's number, 0 for none.
         halted: Whether a loss or the gradient was no number, so that nothing was updated.
-        times: Where the time went, on the main process.
+        times: Where this process's time went.
+        flops: Operations that this process's device computed.
     """
 
     losses: dict[int, float]
@@ -39,6 +42,7 @@ class StepResult:
     stop: int
     halted: bool
     times: StepTimes
+    flops: int
 
     @property
     def loss(self) -> float:
@@ -65,12 +69,28 @@ class NoReport:
 
 
 class Report(NoReport):
-    """What the main process tells. ``done`` steps are already behind."""
+    """What the main process tells.
+
+    Args:
+        done: Optimizer steps that are already behind.
+        compiles: Whether the first step compiles the blocks.
+        ceiling: Operations a second that the device reaches in matrix products; None if that was not measured.
+    """
 
     def __init__(
-        self, config: TrainConfig, output: Path, samples: Samples, device: torch.device, done: int
+        self,
+        config: TrainConfig,
+        output: Path,
+        samples: Samples,
+        device: torch.device,
+        done: int,
+        *,
+        compiles: bool = False,
+        ceiling: float | None = None,
     ) -> None:
         self._config, self._samples, self._device = config, samples, device
+        self._compiles, self._ceiling = compiles, ceiling
+        self._tally, self._first_times = Tally(config, ceiling), dict[Bucket, StepTimes]()
         self._stack = ExitStack()
         self._notes: dict[str, Any] = {}
         with self._stack:
@@ -79,22 +99,39 @@ class Report(NoReport):
                 self._stack.enter_context(closing(tracker))
             self._progress = self._stack.enter_context(Progress("train", config.steps - done, "steps"))
             self._stack = self._stack.pop_all()
-        self._started = time.perf_counter()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+        verdict = self._tally.verdict(self._peak())
+        if verdict and (kind is None or issubclass(kind, StoppedError)):
+            say(verdict)
 
     def step(self, plan: StepPlan, result: StepResult) -> None:
         """Report a finished step."""
-        now = time.perf_counter()
-        seconds, self._started = now - self._started, now
+        warm = self._is_warm(plan, result.times)
+        if warm:
+            self._tally.add(result.times, result.flops)
+            self._notes["waiting_for_data"] = f"{result.times.shares()['data']:.0%}"
+            self._notes["TFLOP/s"] = f"{result.flops / result.times.total / 1e12:.3g}"
         self._progress.advance(loss=f"{result.loss:.4f}", lr=f"{result.lr:.2e}", **self._notes)
         if plan.number % self._config.log_every == 0 or plan.number == self._config.steps:
-            values = self._values(plan, result, seconds)
+            values = self._values(plan, result)
             for tracker in self._trackers:
                 tracker.log(plan.number, values)
+
+    def _is_warm(self, plan: StepPlan, times: StepTimes) -> bool:
+        """Whether a step is none of its bucket's first, which may compile. Tells once how long that took."""
+        bucket = self._samples.records[plan.batch[0]].bucket
+        first = self._first_times.setdefault(bucket, times)
+        if first is times:
+            return False
+        compiling = first.total - times.total
+        if self._compiles and compiling >= 1:
+            say(f"Compiled in {compiling:.0f} s; kept for the next run.")
+        self._compiles = False
+        return True
 
     def validation(self, step: int, result: ValidationResult) -> None:
         """Report a validation of the state after ``step``."""
@@ -102,27 +139,36 @@ class Report(NoReport):
             tracker.validation(step, result)
         loss = result.numbers().get("loss")
         if loss is not None:
-            self._notes = {"validation_loss": f"{loss:.4f}"}
+            self._notes["validation_loss"] = f"{loss:.4f}"
         parts = [f"loss {loss:.4f} on {result.clips} clips"] if loss is not None else []
         if result.videos:
             parts.append(f"{len(result.videos)} videos in {result.videos[0].path.parent}")
         say(f"Validation after step {step}: {', '.join(parts) or 'the loss is not a number'}.")
-        self._started = time.perf_counter()  # a step's time is the step's alone
 
-    def _values(self, plan: StepPlan, result: StepResult, seconds: float) -> dict[str, Any]:
+    def _values(self, plan: StepPlan, result: StepResult) -> dict[str, Any]:
         records = [self._samples.records[index] for index in result.losses]
+        seconds = result.times.total
+        rate = result.flops / seconds
         values: dict[str, Any] = {
             "epoch": plan.epoch,
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
             "seconds": seconds,
+            **{f"{phase}_s": spent for phase, spent in result.times.phases.items()},
             "samples_per_s": len(records) / seconds,
+            "tflop_per_s": rate / 1e12,
         }
-        if self._device.type == "cuda":
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+        if self._ceiling is not None:
+            values["ceiling_share"] = rate / self._ceiling
+        peak = self._peak()
+        if peak is not None:
+            values["peak_memory_gib"] = peak / 2**30
         values["samples"] = [
             {"id": record.id, "t": self._samples.timestep(plan.epoch, record), "loss": loss}
             for record, loss in zip(records, result.losses.values(), strict=True)
         ]
         return values
+
+    def _peak(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None

@@ -13,7 +13,7 @@ from cogcache.progress import say
 from cogcache.train.adapter import continue_from
 from cogcache.train.checkpoints import Checkpoint
 from cogcache.train.data import Samples
-from cogcache.train.devices import open_accelerator, set_matmul_precision
+from cogcache.train.devices import open_accelerator, product_ceiling, set_matmul_precision
 from cogcache.train.holdout import split_holdout
 from cogcache.train.loop import Trainer
 from cogcache.train.memory import place_blocks
@@ -86,6 +86,7 @@ def train(config: TrainConfig) -> TrainResult:
 
     provenance = provenance_of(model_id, variant, reader.manifest, samples.records)
     tuning = tuning_for(config, provenance, accelerator.device, dtype)
+    ceiling = product_ceiling(accelerator.device)
     transformer = load_transformer(root, tuning.held_in)
     tuning.prepare(transformer)
     set_matmul_precision(accelerator.device, dtype)
@@ -116,6 +117,7 @@ def train(config: TrainConfig) -> TrainResult:
         tuning=tuning,
         validator=validator,
         measures=measures,
+        ceiling=ceiling,
     )
     if checkpoint:
         trainer.restore(checkpoint)

@@ -101,7 +101,7 @@ def outcome(config: TrainConfig) -> tuple[list[dict[str, Any]], bytes]:
     """Losses and samples of every step, and the tensors of the LoRA."""
     result = train(config)
     lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
-    rows = [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_s")} for line in lines]
+    rows = [{k: v for k, v in line.items() if k != "seconds" and not k.endswith("_s")} for line in lines]
     lora = load_file(result.lora)
     return rows, b"".join(lora[name].numpy().tobytes() for name in sorted(lora))
 

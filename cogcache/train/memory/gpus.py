@@ -18,7 +18,7 @@ from cogcache.train.memory.attention import attend, attend_backward
 from cogcache.train.memory.host import host_memory
 from cogcache.train.memory.speed import Rates
 
-__all__ = ["CARDS", "Card", "find_card", "given_rates", "measured_rates"]
+__all__ = ["CARDS", "Card", "find_card", "given_rates", "measured_rates", "product_rate"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def measured_rates(device: torch.device, size: int = 8192) -> Rates:
     """
     with torch.no_grad():
         rates = Rates(
-            _LINEAR_IN_STEP * _product(device, size),
+            _LINEAR_IN_STEP * product_rate(device, size),
             _ATTENTION_IN_STEP * _attention(device, size),
             _MEMORY_IN_STEP * _copy(device, size),
             _from_host(device, size),
@@ -114,7 +114,8 @@ def measured_rates(device: torch.device, size: int = 8192) -> Rates:
     return rates
 
 
-def _product(device: torch.device, size: int) -> float:
+def product_rate(device: torch.device, size: int = 8192) -> float:
+    """Operations a second of a bfloat16 matrix product of ``size`` rows and columns, alone."""
     a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
     return 2 * size**3 / _seconds(lambda: a @ a, device)
 
