@@ -13,11 +13,14 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from typer.testing import CliRunner
 
+from cogcache.bench import frozen
 from cogcache.bench import train as bench_train
 from cogcache.bench.random_cache import random_cache, real_variant
 from cogcache.bench.real import real_config
+from cogcache.bench.video_clips import make_videos
 from cogcache.cache.reader import CacheReader
 from cogcache.cli import app, run
+from cogcache.geometry import Size
 from cogcache.tiny import Family
 from cogcache.train.memory.measures import TIERS
 from cogcache.train.model import load_transformer
@@ -94,3 +97,45 @@ def test_a_row_of_the_training_table(
     assert 0.1 < row.loss < 10
     assert 0 < row.predicted_gib < 1
     assert row.predicted_s is None  # no GPU that it knows
+
+
+def test_encoding_is_measured_beside_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tiny encoders on the CPU in place of the real ones; the way of the clips is encode's own."""
+    monkeypatch.setattr(frozen, "REAL_VAE", {})
+    monkeypatch.setattr(frozen, "REAL_TEXT", {})
+    videos = make_videos(tmp_path / "videos", 8, Size(96, 160), frames=40)
+    assert len({path.read_bytes() for path in videos.glob("*.mp4")}) == 8
+    words = ["bench", "encode", "--data-root", str(videos), "--bucket", "9x64x96", "--device", "cpu"]
+    words += [
+        "--captions",
+        "5",
+        "--text-batch-size",
+        "2",
+        "--work",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "x.json"),
+    ]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert [(row["recipe"], row["clips"]) for row in found["clips"]] == [
+        ("reference", 8),
+        ("untiled", 8),
+        ("tiled", 8),
+    ]
+    for row in found["clips"]:
+        assert row["clips_per_s"] == pytest.approx(row["clips"] / row["seconds"])
+        assert row["ratio"] == pytest.approx(row["clips_per_s"] / found["clips"][0]["clips_per_s"])
+    assert [row["captions"] for row in found["text"]] == [5, 5]
+    errors = {row["encoder"]: row["error"] for row in found["accuracy"]}
+    assert 0 < errors["ours float16"] < errors["ours bfloat16"] < 0.1
+    assert errors["ours bfloat16"] == pytest.approx(errors["diffusers bfloat16"], rel=0.2)
+    assert errors["ours bfloat16, tiled"] > errors["ours bfloat16"]
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path != videos]  # caches are gone
+
+
+def test_encoding_refuses_what_it_cannot_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "encode", "--parts", "tiled,speed", "--work", str(tmp_path / "work")]) == 2
+    assert "'speed'" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()

@@ -95,3 +95,54 @@ def _train(
         steps=steps,
         json_out=json_out,
     )
+
+
+@bench_app.command("encode")
+def _encode(
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with videos and captions. Default: 1080p H.264 videos are made and kept in --work."
+        ),
+    ] = None,
+    clips: Annotated[int, typer.Option(help="Videos made; without --data-root.", min=1)] = 24,
+    bucket: Annotated[str, typer.Option(metavar="FxHxW", help="Clip shape.")] = "49x480x720",
+    parts: Annotated[
+        str,
+        typer.Option(help="What is measured, joined by commas: reference, untiled, tiled, text, accuracy."),
+    ] = "reference,untiled,tiled,text,accuracy",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that decode video. Default: as encode.", min=1)
+    ] = None,
+    captions: Annotated[int, typer.Option(help="Captions embedded.", min=1)] = 256,
+    text_batch_size: Annotated[int, typer.Option(help="Captions embedded at once.", min=1)] = 32,
+    work: Annotated[
+        Path, typer.Option(help="Folder for videos, which are kept, and for caches, which are not.")
+    ] = Path("bench"),
+    json_out: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write all figures with the machine's facts."),
+    ] = None,
+) -> None:
+    """Clips and captions encoded per second, memory and accuracy, beside the reference recipe.
+
+    VAE and T5 have their real size and random weights; nothing is downloaded. The reference decodes, encodes in
+    tiles and writes one clip after the other, and embeds one caption at a time.
+
+    Example:  cogcache bench encode --parts reference,untiled --clips 48
+    """
+    from cogcache.bench.run_encode import bench_encode
+
+    bench_encode(
+        data_root=data_root,
+        clips=clips,
+        bucket=bucket,
+        parts=parts,
+        device=device,
+        workers=workers,
+        captions=captions,
+        text_batch_size=text_batch_size,
+        work=work,
+        json_out=json_out,
+    )

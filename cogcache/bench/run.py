@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from rich.table import Table
 
 from cogcache.bench.facts import machine_facts
 from cogcache.bench.load import Reading, Waiting, measure_reads, measure_wait, write_files
+from cogcache.bench.output import write_figures
 from cogcache.bench.random_cache import random_cache, real_variant
 from cogcache.cache.backend import BACKENDS
-from cogcache.cache.files import make_folder, storage_errors
 from cogcache.cache.format import MANIFEST_FILE
 from cogcache.cache.reader import CacheReader
 from cogcache.cache.remote import RemoteOptions
@@ -66,15 +65,7 @@ def bench_load(
         "reads": [asdict(reading) for reading in readings],
         "waiting": {name: [asdict(wait) for wait in found] for name, found in waits.items()},
     }
-    _write(json_out, facts, result)
-
-
-def _write(path: Path | None, facts: Mapping[str, object], result: Mapping[str, object]) -> None:
-    if path is None:
-        return
-    make_folder(path.absolute().parent)
-    with storage_errors(path):
-        path.write_text(json.dumps({"facts": facts, **result}, indent=2) + "\n", "utf-8")
+    write_figures(json_out, facts, result)
 
 
 def bench_train(
@@ -121,7 +112,7 @@ def bench_train(
             markup=False,
         )
         found.append(asdict(row))
-    _write(json_out, facts, {"family": family, "bucket": shape, "rank": rank, "rows": found})
+    write_figures(json_out, facts, {"family": family, "bucket": shape, "rank": rank, "rows": found})
 
 
 def _planned(measured: float, predicted: float | None) -> str:

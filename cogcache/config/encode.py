@@ -141,7 +141,13 @@ class EncodeConfig(CommandConfig):
         panel=_RUN,
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.", panel=_RUN)
-    workers: int = setting(2, "Threads that decode video ahead of the encoder.", panel=_RUN, ge=1)
+    workers: int | None = setting(
+        None,
+        "Threads that decode video ahead of the encoder. Default: one less than the processor cores that may be used, "
+        "from 2 to 8.",
+        panel=_RUN,
+        ge=1,
+    )
     format: Literal["webdataset", "zarr"] | None = setting(
         None,
         "How shards are stored: webdataset (tar files) or zarr (sharded arrays, compressed). "
@@ -195,4 +201,9 @@ class ExtractImagesConfig(CommandConfig):
         False, "Accept absolute paths, '..' and links that lead out of the data root.", panel=_DATA
     )
     reader: Literal["auto", "decord", "pyav"] = setting("auto", "Video reader.", panel=_RUN)
-    workers: int = setting(2, "Threads that decode video.", panel=_RUN, ge=1)
+    workers: int | None = setting(
+        None,
+        "Threads that decode video. Default: one less than the processor cores that may be used, from 2 to 8.",
+        panel=_RUN,
+        ge=1,
+    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cogcache.cache import keys
 from cogcache.cache.format import IMAGES, LATENTS, TEXT, SampleRecord, digest
+from cogcache.cores import reading_threads
 from cogcache.geometry import Bucket
 from cogcache.hashing import content_id
 from cogcache.precompute.buckets import place
@@ -75,7 +76,7 @@ def plan_clips(items: Sequence[ClipItem], settings: EncodeSettings) -> list[Clip
     Reads each file once to hash its content, and where there are several buckets looks at its frames (both are
     remembered between runs).
     """
-    with ThreadPoolExecutor(settings.config.workers) as pool:
+    with ThreadPoolExecutor(reading_threads(settings.config.workers)) as pool:
         hashes = list(pool.map(content_id, (item.path for item in items)))
     prints = settings.identity().series
     places = _places(items, settings)
@@ -112,7 +113,8 @@ def _places(items: Sequence[ClipItem], settings: EncodeSettings) -> list[tuple[B
     if len(buckets) == 1:
         return [(buckets[0], "")] * len(items)
     found = []
-    for shape in look_at([item.path for item in items], settings.fps, settings.config.workers):
+    threads = reading_threads(settings.config.workers)
+    for shape in look_at([item.path for item in items], settings.fps, threads):
         bucket = place(shape, buckets, settings.placing) if shape else None
         trouble = ""
         if shape and not bucket:

@@ -8,8 +8,8 @@ and manifest. One model is on the device at a time.
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
@@ -22,11 +22,13 @@ from cogcache.cache.rounds import fill_in_rounds
 from cogcache.cache.writer import CacheWriter
 from cogcache.config import EncodeConfig
 from cogcache.config_io import save_config
+from cogcache.cores import reading_threads
 from cogcache.errors import PartialFailureError
 from cogcache.location import Location, Url
 from cogcache.precompute.clips import ClipWork, plan_clips, text_key
 from cogcache.precompute.datasets import find_clips
 from cogcache.precompute.dry_run import plan_run, tell_plan
+from cogcache.precompute.piece import Tally
 from cogcache.precompute.settings import EncodeSettings, decide, shards_folder
 from cogcache.precompute.stages import encode_pieces, encode_text
 from cogcache.precompute.text import FrozenText
@@ -44,6 +46,7 @@ class EncodeResult:
     """What a run did. ``manifest`` is ``None`` while another process still works on the cache.
 
     ``encoded``, ``captions`` and ``images`` count the entries made: latents, embeddings and image conditions.
+    ``spent`` says of each series how long its making took, and how long it waited.
     """
 
     shards: Path
@@ -53,6 +56,7 @@ class EncodeResult:
     captions: int
     failures: list[FailureRecord]
     images: int = 0
+    spent: Mapping[str, Tally] = field(default_factory=dict)
 
 
 def encode(config: EncodeConfig) -> EncodeResult:
@@ -75,8 +79,14 @@ def encode(config: EncodeConfig) -> EncodeResult:
     return result
 
 
-def encode_all(config: EncodeConfig) -> EncodeResult:
-    """Encode all that is missing and commit; clips that failed are in the result. A dry run only tells its plan."""
+def encode_all(
+    config: EncodeConfig, load_vae: Callable[[EncodeSettings], FrozenVae] | None = None
+) -> EncodeResult:
+    """Encode all that is missing and commit; clips that failed are in the result. A dry run only tells its plan.
+
+    Args:
+        load_vae: Gives a VAE that is loaded already, instead of the checkpoint's.
+    """
     mirror = _mirror(config)
     if config.dry_run:
         plan = plan_run(config)
@@ -94,11 +104,20 @@ def encode_all(config: EncodeConfig) -> EncodeResult:
     save_config(settings.effective(), settings.shards / "encode.config.yaml")
     work = Work.of(clips, prompts, settings)
     plan_work(writer, work, settings)
-    complete = fill_in_rounds(writer, work.wanted, partial(_fill, writer, work, settings))
+    complete = fill_in_rounds(
+        writer, work.wanted, partial(_fill, writer, work, settings, load_vae or _load_vae)
+    )
     manifest, failures = _commit(writer, clips, prompts, settings) if complete else _leave_to_others()
     made = {series: tally.encoded for series, tally in work.tallies.items()}
     return EncodeResult(
-        settings.shards, manifest, len(clips), made[LATENTS], made[TEXT], failures, made.get(IMAGES, 0)
+        settings.shards,
+        manifest,
+        len(clips),
+        made[LATENTS],
+        made[TEXT],
+        failures,
+        made.get(IMAGES, 0),
+        work.tallies,
     )
 
 
@@ -111,22 +130,34 @@ def _mirror(config: EncodeConfig) -> Mirror | None:
     return mirror
 
 
-def _fill(writer: CacheWriter, work: Work, settings: EncodeSettings, series: Collection[str]) -> None:
+def _fill(
+    writer: CacheWriter,
+    work: Work,
+    settings: EncodeSettings,
+    load_vae: Callable[[EncodeSettings], FrozenVae],
+    series: Collection[str],
+) -> None:
     """One model after the other; only those of the series given."""
     pictures = [name for name in work.pieces if name in series]
     if pictures:
-        _pictures(writer, work, settings, pictures)
+        _pictures(writer, work, settings, load_vae, pictures)
     if TEXT in series:
         _text(writer, work, settings)
 
 
-def _pictures(writer: CacheWriter, work: Work, settings: EncodeSettings, series: Sequence[str]) -> None:
+def _pictures(
+    writer: CacheWriter,
+    work: Work,
+    settings: EncodeSettings,
+    load_vae: Callable[[EncodeSettings], FrozenVae],
+    series: Sequence[str],
+) -> None:
     """Everything the VAE makes: latents, and for image-to-video the image conditions."""
     units = {LATENTS: "clips", IMAGES: "image conditions"}
     try:
-        vae = cache(lambda: _load_vae(settings))
+        vae = cache(partial(load_vae, settings))
         for name in series:
-            workers = settings.config.workers
+            workers = reading_threads(settings.config.workers)
             tally = encode_pieces(writer, name, work.pieces[name], vae, unit=units[name], workers=workers)
             work.tallies[name].add(tally)
     finally:

@@ -22,6 +22,7 @@ import torch
 from cogcache.cache.files import FileLock, make_folder, write_atomic
 from cogcache.cache.format import digest
 from cogcache.config import ExtractImagesConfig
+from cogcache.cores import reading_threads
 from cogcache.errors import ConfigError, DatasetError, PartialFailureError, VideoError
 from cogcache.hashing import content_id
 from cogcache.precompute.listing import read_lines
@@ -154,7 +155,10 @@ def _extract(
     jobs, sources = dict(zip(names, paths, strict=True)), dict(zip(names, listed, strict=True))
     written, failures = 0, dict[str, str]()
     take = partial(_take, config, root)
-    with ThreadPoolExecutor(config.workers) as pool, Progress("images", len(jobs), "images") as progress:
+    with (
+        ThreadPoolExecutor(reading_threads(config.workers)) as pool,
+        Progress("images", len(jobs), "images") as progress,
+    ):
         for name, outcome in zip(jobs, pool.map(take, jobs.keys(), jobs.values()), strict=True):
             if isinstance(outcome, VideoError):
                 failures[sources[name]] = outcome.message

@@ -8,6 +8,7 @@ training free of the VAE and its distribution right. Source: the CogVideo refere
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from cogcache.precompute.settings import SIGMA_LOG_MEAN, SIGMA_LOG_STD, EncodeSe
 from cogcache.precompute.vae import FrozenVae, to_pixels
 from cogcache.video import ClipRequest, load_first_frame
 
-__all__ = ["ImageSource", "clean_key", "draw_keys", "encode_draw"]
+__all__ = ["ImageSource", "clean_key", "draw_keys", "start_draw"]
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,20 @@ def clean_key(fingerprint: Fingerprint, source: ImageSource) -> str:
     return image_key(fingerprint, source.identity, source.size, None)
 
 
-def encode_draw(
+def start_draw(
     vae: FrozenVae, image_hwc: torch.Tensor, source: ImageSource, key: str, draw: int | None
-) -> Entry:
-    """Encode one draw of the bank: ``{"latents": [C, 1, H/8, W/8]}``, unscaled; sigma and seed are in the facts.
+) -> Callable[[], Entry]:
+    """Begin to encode one draw of the bank; what is returned waits for it and makes its entry.
+
+    The entry is ``{"latents": [C, 1, H/8, W/8]}``, unscaled; sigma and seed are in the facts. Draws are not put
+    through the VAE in batches: the last bits of a row may depend on its batch, and a bank can grow by single draws.
 
     Args:
         image_hwc: uint8 ``[H, W, 3]``.
         draw: Its number, or ``None`` for the image without noise.
 
     Raises:
-        VideoError: if the VAE's output is not finite.
+        VideoError: from the call that makes the entry, if the VAE's output is not finite.
     """
     purpose = ("image", source.identity, "clean" if draw is None else draw)
     random = generator(*purpose)
@@ -93,11 +97,6 @@ def encode_draw(
     if draw is not None:
         sigma = math.exp(SIGMA_LOG_MEAN + SIGMA_LOG_STD * float(torch.randn((), generator=random)))
         pixels = pixels + sigma * torch.randn(pixels.shape, generator=random)
-    mean, logvar = vae.encode_pixels(pixels)[0].float().chunk(2)
-    spread = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
-    latents = (mean + spread * torch.randn(mean.shape, generator=random)).to(vae.dtype)
-    if not torch.isfinite(latents).all():
-        raise VideoError("the VAE gave values that are not finite; try --vae-dtype float32")
     facts = {
         "source": source.name,
         "image": source.identity,
@@ -106,4 +105,15 @@ def encode_draw(
         "sigma": sigma,
         "seed": seed_for(*purpose),
     }
-    return Entry(key, {"latents": latents.contiguous()}, facts)
+    running = vae.start_pixels(pixels)
+    return lambda: Entry(key, {"latents": _sample(running.result()[0], random)}, facts)
+
+
+def _sample(moments_cfhw: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """A draw from the posterior, as diffusers' ``DiagonalGaussianDistribution`` makes it, in the moments' dtype."""
+    mean, logvar = moments_cfhw.float().chunk(2)
+    spread = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
+    latents = (mean + spread * torch.randn(mean.shape, generator=random)).to(moments_cfhw.dtype)
+    if not torch.isfinite(latents).all():
+        raise VideoError("the VAE gave values that are not finite; try --vae-dtype float32")
+    return latents.contiguous()

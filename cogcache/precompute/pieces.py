@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -10,9 +11,9 @@ from cogcache.cache.format import Entry
 from cogcache.cache.moments import MOMENTS, MOMENTS_8BIT, pack_moments
 from cogcache.errors import TooShortError, VideoError
 from cogcache.precompute.clips import ClipWork
-from cogcache.precompute.images import ImageSource, encode_draw
+from cogcache.precompute.images import ImageSource, start_draw
+from cogcache.precompute.piece import Piece
 from cogcache.precompute.settings import EncodeSettings
-from cogcache.precompute.stages import Piece
 from cogcache.precompute.vae import FrozenVae
 from cogcache.video import Clip, load_clip
 
@@ -23,19 +24,22 @@ def latent_piece(clip: ClipWork, settings: EncodeSettings) -> Piece[FrozenVae, C
     """The work of making a clip's latent entry: ``{"moments": [2C, F', H/8, W/8]}``, unscaled, or packed."""
     packed = settings.config.log_variance == "8bit"
 
-    def encode(vae: FrozenVae, decoded: Clip) -> Entry:
-        moments = vae.encode(decoded.frames.unsqueeze(0))[0]
+    def start(vae: FrozenVae, decoded: Clip) -> Callable[[], Entry]:
+        running = vae.start(decoded.frames.unsqueeze(0))
+        return lambda: finish(running.result()[0], decoded.facts)
+
+    def finish(moments: torch.Tensor, facts: dict[str, Any]) -> Entry:
         if not torch.isfinite(moments).all():
             raise VideoError("the VAE gave values that are not finite; try --vae-dtype float32")
-        facts = {
-            **decoded.facts,
-            "source": clip.item.source,
-            "sha256": clip.sha256,
-            "window": clip.window,
-            "bucket": str(clip.bucket),
-        }
         tensors = {MOMENTS_8BIT: pack_moments(moments)} if packed else {MOMENTS: moments}
-        return Entry(clip.latents, tensors, facts)
+        return Entry(clip.latents, tensors, facts | identity)
+
+    identity = {
+        "source": clip.item.source,
+        "sha256": clip.sha256,
+        "window": clip.window,
+        "bucket": str(clip.bucket),
+    }
 
     def read() -> Clip:
         if clip.sha256.startswith("unreadable"):
@@ -44,7 +48,7 @@ def latent_piece(clip: ClipWork, settings: EncodeSettings) -> Piece[FrozenVae, C
             raise TooShortError(clip.trouble)
         return load_clip(clip.item.path, clip.request)
 
-    return Piece(clip.latents, clip.item.source, str(clip.bucket), clip.latents, read, encode)
+    return Piece(clip.latents, clip.item.source, str(clip.bucket), clip.latents, read, start)
 
 
 def image_pieces(clip: ClipWork, settings: EncodeSettings) -> list[Piece[FrozenVae, torch.Tensor]]:
@@ -64,7 +68,7 @@ def validation_pieces(
 def _image_piece(
     source: ImageSource, key: str, draw: int | None, settings: EncodeSettings
 ) -> Piece[FrozenVae, torch.Tensor]:
-    def encode(vae: FrozenVae, image_hwc: torch.Tensor) -> Entry:
-        return encode_draw(vae, image_hwc, source, key, draw)
+    def start(vae: FrozenVae, image_hwc: torch.Tensor) -> Callable[[], Entry]:
+        return start_draw(vae, image_hwc, source, key, draw)
 
-    return Piece(key, source.name, str(source.size), source.identity, lambda: source.load(settings), encode)
+    return Piece(key, source.name, str(source.size), source.identity, lambda: source.load(settings), start)

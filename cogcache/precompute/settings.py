@@ -24,6 +24,7 @@ from cogcache.cache.identity import read_identity
 from cogcache.cache.mirror import staging_folder
 from cogcache.cache.moments import PACKED_DTYPES
 from cogcache.config import EncodeConfig
+from cogcache.cores import reading_threads
 from cogcache.errors import ConfigError
 from cogcache.geometry import Bucket, parse_bucket, parse_size
 from cogcache.location import Url
@@ -229,7 +230,8 @@ def _auto_buckets(
     if begun:
         say(f"Note: --bucket auto keeps the buckets of this cache: {' '.join(begun)}.")
         return tuple(map(parse_bucket, begun))
-    shapes = [shape for shape in look_at([item.path for item in items], fps, config.workers) if shape]
+    looked = look_at([item.path for item in items], fps, reading_threads(config.workers))
+    shapes = [shape for shape in looked if shape]
     chosen = choose_buckets(shapes, variant, Placing(config.fit, config.short, config.windows))
     say(f"Note: --bucket auto takes {' '.join(map(str, chosen))}.")
     return tuple(chosen)

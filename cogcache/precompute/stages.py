@@ -1,92 +1,29 @@
-"""How entries are made: reading runs in threads ahead of the encoder, writing in one thread behind it."""
+"""How entries are made: files are read in threads ahead of the encoder, results written in one behind it.
+
+The thread of :func:`encode_pieces` only hands work to the device: it begins the next clip before the last one's
+result is there, so the device need not wait while results are read, checked, packed and written.
+"""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cache
-from types import TracebackType
-from typing import Any, Generic, TypeVar
 
 from cogcache.cache.format import TEXT, Entry
 from cogcache.cache.writer import CacheWriter, ShardJob
 from cogcache.errors import ModelError, VideoError
+from cogcache.precompute.ahead import read_ahead
+from cogcache.precompute.behind import Behind
+from cogcache.precompute.piece import Model, Piece, Raw, Tally
 from cogcache.precompute.text import FrozenText
 from cogcache.progress import Progress
 
 __all__ = ["Piece", "Tally", "encode_pieces", "encode_text"]
 
-_WRITES_BEHIND = 4
 _NOT_FINITE = "the text encoder gave values that are not finite; try --text-dtype float32"
-
-Model = TypeVar("Model")
-Raw = TypeVar("Raw")
-
-
-@dataclass(frozen=True)
-class Piece(Generic[Model, Raw]):
-    """One entry to be made.
-
-    Attributes:
-        key: Its key.
-        source: The file it comes from, for the failure ledger.
-        group: Shape that it shares with all entries of its shard: ``49x480x720``.
-        raw_id: Neighbours with the same one share a single ``read``.
-        read: Runs in a thread; raises :class:`VideoError` if the file cannot be used.
-        encode: Runs on the device; raises :class:`VideoError` if the result is of no use.
-    """
-
-    key: str
-    source: str
-    group: str
-    raw_id: str
-    read: Callable[[], Raw]
-    encode: Callable[[Model, Raw], Entry]
-
-
-@dataclass
-class Tally:
-    """What a stage did; ``waited_s`` is how long the encoder waited for reads."""
-
-    encoded: int = 0
-    failed: int = 0
-    waited_s: float = 0.0
-
-    def add(self, other: Tally) -> None:
-        """Count another stage's work, too."""
-        self.encoded += other.encoded
-        self.failed += other.failed
-        self.waited_s += other.waited_s
-
-
-class _Behind:
-    """Runs writes in order in one thread, a few behind the encoder; the first error stops the run."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._pending: deque[Future[None]] = deque()
-
-    def __enter__(self) -> _Behind:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(cancel_futures=kind is not None)
-        if kind is None:
-            self._settle(0)
-
-    def do(self, write: Callable[..., None], *args: Any) -> None:
-        self._pending.append(self._pool.submit(write, *args))
-        self._settle(_WRITES_BEHIND)
-
-    def _settle(self, allowed: int) -> None:
-        while len(self._pending) > allowed:
-            self._pending.popleft().result()
 
 
 def encode_pieces(
@@ -106,83 +43,79 @@ def encode_pieces(
         unit: What an entry is, in the plural, for the progress display.
         workers: Reading threads.
     """
-    tally = Tally()
     by_key = {piece.key: piece for piece in reversed(pieces)}
     todo = len(by_key.keys() - writer.committed(series))
     model = cache(load_model)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(unit, todo, unit)) if todo else None
-        behind = stack.enter_context(_Behind())
-        started = time.monotonic()
-        for job, piece, raw in _read_ahead(writer, series, by_key, workers, behind):
-            _encode_piece(job, piece, raw, model, behind, tally)
-            share = tally.waited_s / max(time.monotonic() - started, 1e-9)
-            if progress:
-                progress.advance(waiting_for_files=f"{share:.0%}", failed=tally.failed)
-    return tally
+        making = _Making(stack.enter_context(Behind()), progress)
+        for step in read_ahead(writer, series, by_key, workers):
+            if step.made is None:
+                making.behind.do(step.job.finish)
+            else:
+                making.encode(step.job, *step.made, model)
+    making.tally.seconds = making.elapsed()
+    return making.tally
 
 
-def _encode_piece(
-    job: ShardJob,
-    piece: Piece[Model, Raw],
-    raw: Future[Raw],
-    model: Callable[[], Model],
-    behind: _Behind,
-    tally: Tally,
-) -> None:
-    loaded = model()
-    waiting = time.monotonic()
-    try:
-        content = raw.result()
-        tally.waited_s += time.monotonic() - waiting
-        entry = piece.encode(loaded, content)
-    except (VideoError, MemoryError) as error:
-        reason = error.message if isinstance(error, VideoError) else "not enough memory to read it"
-        behind.do(job.fail, piece.key, piece.source, reason)
-        tally.failed += 1
-    else:
-        behind.do(job.append, entry)
-        tally.encoded += 1
+class _Making:
+    """Begins entries in the caller's thread; has them finished, written and counted in the one behind."""
 
+    def __init__(self, behind: Behind, progress: Progress | None) -> None:
+        self.behind, self.tally = behind, Tally()
+        self._progress = progress
+        self._begun = self._done = 0
+        self._started = self._idle_since = time.monotonic()
 
-def _read_ahead(
-    writer: CacheWriter,
-    series: str,
-    pieces: Mapping[str, Piece[Model, Raw]],
-    workers: int,
-    behind: _Behind,
-) -> Iterator[tuple[ShardJob, Piece[Model, Raw], Future[Raw]]]:
-    """Claim shards and read for their entries in threads, a few ahead; finish each shard after its last entry."""
-    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
-        ahead: deque[tuple[ShardJob, tuple[Piece[Model, Raw], Future[Raw]] | None]] = deque()
-        steps = _claimed(writer, series, pieces, pool)
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    def encode(
+        self, job: ShardJob, piece: Piece[Model, Raw], raw: Future[Raw], model: Callable[[], Model]
+    ) -> None:
+        """Begin an entry; a file that cannot be used is recorded as failed."""
+        loaded = model()
         try:
-            while True:
-                while len(ahead) <= workers and (step := next(steps, None)) is not None:
-                    ahead.append(step)
-                if not ahead:
-                    return
-                job, reading = ahead.popleft()
-                if reading is None:
-                    behind.do(job.finish)
-                else:
-                    yield job, *reading
+            finish = piece.start(loaded, self._take(raw))
+        except (VideoError, MemoryError) as error:
+            self.behind.do(self._fail, job, piece, error)
+        else:
+            self._begun += 1
+            self.behind.do(self._write, job, piece, finish)
+
+    def _take(self, raw: Future[Raw]) -> Raw:
+        """What was read. The wait for it counts from when the device has nothing left to do."""
+        asked = time.monotonic()
+        try:
+            return raw.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            if self._begun == self._done:
+                self.tally.waited_s += time.monotonic() - max(asked, self._idle_since)
 
+    def _write(self, job: ShardJob, piece: Piece[Model, Raw], finish: Callable[[], Entry]) -> None:
+        try:
+            entry = finish()
+        except (VideoError, MemoryError) as error:
+            self._fail(job, piece, error)
+            return
+        finally:
+            self._idle_since = time.monotonic()
+            self._done += 1
+        job.append(entry)
+        self.tally.encoded += 1
+        self._show()
 
-def _claimed(
-    writer: CacheWriter, series: str, pieces: Mapping[str, Piece[Model, Raw]], pool: ThreadPoolExecutor
-) -> Iterator[tuple[ShardJob, tuple[Piece[Model, Raw], Future[Raw]] | None]]:
-    """The entries to make, their reads begun; ``None`` after the last of each shard."""
-    for job in writer.jobs(series, pieces.keys()):
-        last_id, last_read = "", None
-        for key in job.remaining:
-            piece = pieces[key]
-            if last_read is None or piece.raw_id != last_id:
-                last_id, last_read = piece.raw_id, pool.submit(piece.read)
-            yield job, (piece, last_read)
-        yield job, None
+    def _fail(self, job: ShardJob, piece: Piece[Model, Raw], error: VideoError | MemoryError) -> None:
+        reason = error.message if isinstance(error, VideoError) else "not enough memory to read it"
+        job.fail(piece.key, piece.source, reason)
+        self.tally.failed += 1
+        self._show()
+
+    def _show(self) -> None:
+        if self._progress:
+            share = self.tally.waited_s / max(self.elapsed(), 1e-9)
+            self._progress.advance(waiting_for_files=f"{share:.0%}", failed=self.tally.failed)
 
 
 def encode_text(

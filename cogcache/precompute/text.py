@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,9 +53,18 @@ class FrozenText:
             model = T5EncoderModel.from_pretrained(
                 root / "text_encoder", dtype=torch_dtype(dtype), use_safetensors=True, local_files_only=True
             )
-        self._model = model.eval().requires_grad_(False).to(device)
-        self._length = length
-        self._device = device
+        self._hold(model.eval().requires_grad_(False).to(device), length, device)
+
+    def _hold(self, model: Any, length: int, device: torch.device) -> None:
+        self._model, self._length, self._device = model, length, device
+
+    @classmethod
+    def around(cls, model: Any, tokenizer: Any, length: int, device: torch.device) -> FrozenText:
+        """One made of a ``T5EncoderModel`` that is on ``device`` already."""
+        made = cls.__new__(cls)
+        made._tokenizer = tokenizer
+        made._hold(model, length, device)
+        return made
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from cogcache.models import loading, torch_dtype
 from cogcache.precompute.components import config_digest
 from cogcache.precompute.fast_encoder import FastEncoder, can_take_over
 from cogcache.precompute.fused import has_kernels
+from cogcache.precompute.lane import Lane, Running
 from cogcache.variants import read_config
 
 __all__ = ["FrozenVae", "choose_tiling", "to_pixels", "vae_fingerprint"]
@@ -86,6 +89,7 @@ class FrozenVae:
             self._vae.encoder = FastEncoder(vae.encoder)
         self.dtype = torch_dtype(dtype)
         self.device = device
+        self._lane = Lane(device)
 
     def check_size(self, size: Size) -> None:
         """Refuse picture sizes for which diffusers' tiles do not add up to the whole latent.
@@ -110,34 +114,57 @@ class FrozenVae:
         vae = self._vae
         return bool(size.height > vae.tile_sample_min_height or size.width > vae.tile_sample_min_width)
 
-    @torch.inference_mode()
     def encode(self, frames_bfhwc: torch.Tensor) -> torch.Tensor:
-        """Encode clips.
+        """:meth:`start`, and its result."""
+        return self.start(frames_bfhwc).result()
+
+    @torch.inference_mode()
+    def start(self, frames_bfhwc: torch.Tensor) -> Running:
+        """Begin to encode clips; on a GPU, return before they are done.
 
         Args:
             frames_bfhwc: uint8 ``[B, F, H, W, 3]``, F = 8N+1, on any device.
 
         Returns:
-            Moments ``[B, 2C, F', H/8, W/8]`` on the CPU in the VAE's dtype: mean, then log-variance, unscaled.
+            What gives moments ``[B, 2C, F', H/8, W/8]`` on the CPU in the VAE's dtype: mean, then log-variance,
+            unscaled.
+
+        Raises:
+            ModelError: if the GPU's memory is too small.
         """
-        return self.encode_pixels(to_pixels(frames_bfhwc.to(self.device, non_blocking=True)))
+        with _enough_memory():
+            return self._start(to_pixels(self._lane.upload(frames_bfhwc)).to(self.dtype))
 
     @torch.inference_mode()
-    def encode_pixels(self, pixels_bcfhw: torch.Tensor) -> torch.Tensor:
-        """Encode pixels ``[B, 3, F, H, W]`` in -1..1 (float32) to moments as :meth:`encode` returns them."""
-        try:
-            inputs = pixels_bcfhw.to(self.device, self.dtype)
-            moments: torch.Tensor = self._vae.encode(inputs).latent_dist.parameters
-            return moments.cpu()
-        except torch.OutOfMemoryError:
-            raise ModelError(
-                "the GPU's memory is too small for the VAE at this size.", "Use --tiling on."
-            ) from None
+    def start_pixels(self, pixels_bcfhw: torch.Tensor) -> Running:
+        """Begin to encode pixels ``[B, 3, F, H, W]`` in -1..1 (float32), as :meth:`start`."""
+        with _enough_memory():
+            return self._start(self._lane.upload(pixels_bcfhw).to(self.dtype))
+
+    def _start(self, inputs_bcfhw: torch.Tensor) -> Running:
+        begun = self._lane.mark()
+        moments: torch.Tensor = self._vae.encode(inputs_bcfhw).latent_dist.parameters
+        return self._lane.download(moments, begun)
+
+    @property
+    def busy_s(self) -> float:
+        """Time that the GPU has spent on encoding, of all results that were taken; 0 on a CPU."""
+        return self._lane.busy_s
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            "the GPU's memory is too small for the VAE at this size.", "Use --tiling on."
+        ) from None
 
 
 def to_pixels(frames_bfhwc: torch.Tensor) -> torch.Tensor:
     """uint8 ``[B, F, H, W, 3]`` to float32 ``[B, 3, F, H, W]`` in -1..1, as diffusers' VideoProcessor scales."""
-    return frames_bfhwc.permute(0, 4, 1, 2, 3).to(torch.float32).div(255.0).mul(2.0).sub(1.0)
+    return frames_bfhwc.permute(0, 4, 1, 2, 3).to(torch.float32).div_(255.0).mul_(2.0).sub_(1.0)
 
 
 def _tiles_add_up(length: int, tile: int, overlap: float) -> bool:

@@ -14,9 +14,9 @@ from cogcache.cache.writer import CacheWriter
 from cogcache.geometry import Size
 from cogcache.models import torch_dtype
 from cogcache.precompute.clips import ClipWork, text_key
+from cogcache.precompute.piece import Piece, Tally
 from cogcache.precompute.pieces import image_pieces, latent_piece, validation_pieces
 from cogcache.precompute.settings import EncodeSettings
-from cogcache.precompute.stages import Piece, Tally
 from cogcache.precompute.validation import ValidationPrompts
 
 __all__ = ["Work", "plan_work"]

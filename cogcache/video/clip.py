@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from cogcache.errors import TooShortError, VideoError
@@ -108,14 +109,14 @@ def _fitted(
     reader: VideoReader, indices: Sequence[int], plan: FitPlan, interpolation: Interpolation
 ) -> torch.Tensor:
     """uint8 [F, H, W, 3]; every source frame is read and fitted once."""
-    frames = torch.empty(len(indices), plan.target.height, plan.target.width, 3, dtype=torch.uint8)
+    frames = np.empty((len(indices), plan.target.height, plan.target.width, 3), np.uint8)
     unique = sorted(set(indices))
     for index, frame in zip(unique, reader.stream(unique), strict=True):
         fitted = fit_frame(torch.from_numpy(frame.copy()), plan, interpolation)
         for slot, wanted in enumerate(indices):
             if wanted == index:
-                frames[slot] = fitted
-    return frames
+                frames[slot] = fitted.numpy()
+    return torch.from_numpy(frames)
 
 
 def _facts(reader: VideoReader, picked: Picked, plan: FitPlan) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from cogcache.errors import ConfigError, GeometryError, MismatchError
 from cogcache.geometry import Size
 from cogcache.precompute import encode_all, images
 from cogcache.precompute import settings as settings_module
-from cogcache.precompute.images import ImageSource, encode_draw
+from cogcache.precompute.images import ImageSource, start_draw
+from cogcache.precompute.lane import Lane, Running
 from cogcache.precompute.vae import FrozenVae, to_pixels
 from cogcache.tiny import Family
 
@@ -104,8 +105,9 @@ class Echo:
     def __init__(self, logvar: float = -30.0) -> None:
         self.logvar = logvar
 
-    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.cat([pixels, torch.full_like(pixels, self.logvar)], dim=1)
+    def start_pixels(self, pixels: torch.Tensor) -> Running:
+        moments = torch.cat([pixels, torch.full_like(pixels, self.logvar)], dim=1)
+        return Lane(torch.device("cpu")).download(moments, None)
 
 
 def source(name: str) -> ImageSource:
@@ -119,7 +121,7 @@ def test_noise_has_the_published_distribution() -> None:
     logs, seen = [], set()
     for name in ("a", "b", "c"):
         for draw in range(200):
-            entry = encode_draw(Echo(), image, source(name), "0" * 32, draw)  # type: ignore[arg-type]
+            entry = start_draw(Echo(), image, source(name), "0" * 32, draw)()  # type: ignore[arg-type]
             noise = entry.tensors["latents"] - clean
             sigma = entry.facts["sigma"]
             assert noise.std().item() == pytest.approx(sigma, rel=0.12)
@@ -137,10 +139,10 @@ def test_noise_has_the_published_distribution() -> None:
 def test_the_posterior_is_sampled_and_an_image_for_validation_is_clean() -> None:
     image = torch.full((16, 24, 3), 100, dtype=torch.uint8)
     clean = to_pixels(image[None, None])[0]
-    spread = encode_draw(Echo(logvar=0.0), image, source("a"), "0" * 32, None)  # type: ignore[arg-type]
+    spread = start_draw(Echo(logvar=0.0), image, source("a"), "0" * 32, None)()  # type: ignore[arg-type]
     assert (spread.tensors["latents"] - clean).std().item() == pytest.approx(1.0, rel=0.1)
     assert (spread.facts["sigma"], spread.facts["draw"]) == (0.0, None)
-    exact = encode_draw(Echo(), image, source("a"), "0" * 32, None)  # type: ignore[arg-type]
+    exact = start_draw(Echo(), image, source("a"), "0" * 32, None)()  # type: ignore[arg-type]
     torch.testing.assert_close(exact.tensors["latents"], clean, rtol=0, atol=1e-5)
 
 
@@ -393,7 +395,7 @@ def test_kills_change_no_byte_of_the_bank(i2v: Settings, encode_server: Any, tmp
 def test_seeds_are_functions_of_picture_and_draw_alone() -> None:
     """The draws' order of making, the number of threads and the K do not enter: the seed is this hash."""
     image = torch.zeros(16, 16, 3, dtype=torch.uint8)
-    entry = encode_draw(Echo(), image, source("a"), "0" * 32, 3)  # type: ignore[arg-type]
+    entry = start_draw(Echo(), image, source("a"), "0" * 32, 3)()  # type: ignore[arg-type]
     random = generator("image", "file a", 3)
     sigma = math.exp(-3 + 0.5 * torch.randn((), generator=random).item())
     expected = -1 + sigma * torch.randn((1, 3, 1, 16, 16), generator=random)
@@ -403,5 +405,5 @@ def test_seeds_are_functions_of_picture_and_draw_alone() -> None:
 def test_bank_is_kept_in_the_precision_of_the_vae(tiny_models: Callable[[Family], Path]) -> None:
     vae = FrozenVae(tiny_models("1.5-5b-i2v"), "bfloat16", tiled=False, device=torch.device("cpu"))
     image = torch.full((16, 32, 3), 90, dtype=torch.uint8)
-    entry = encode_draw(vae, image, source("a"), "0" * 32, 0)
+    entry = start_draw(vae, image, source("a"), "0" * 32, 0)()
     assert entry.tensors["latents"].dtype == torch.bfloat16

@@ -16,9 +16,9 @@ from cogcache.cache.shard import ShardWriter
 from cogcache.cli import run
 from cogcache.config import EncodeConfig
 from cogcache.errors import ConfigError
-from cogcache.precompute import encode_all
+from cogcache.precompute import encode_all, vae
 from cogcache.precompute.redo import TOLERANCES, latent_error, parse_share, pick
-from cogcache.precompute.vae import FrozenVae
+from cogcache.precompute.vae import to_pixels
 
 
 def test_image_to_video_cache_is_whole(
@@ -93,8 +93,8 @@ def test_wrong_encoder(
     settings: Callable[..., EncodeConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An encoder that forgets to scale pixels to -1..1."""
-    config, right = settings(size="16x32"), FrozenVae.encode_pixels
-    monkeypatch.setattr(FrozenVae, "encode_pixels", lambda self, pixels: right(self, pixels.add(1).div(2)))
+    config = settings(size="16x32")
+    monkeypatch.setattr(vae, "to_pixels", lambda frames: to_pixels(frames).add(1).div(2))
     encode_all(config)
     monkeypatch.undo()
     assert run(["verify", str(config.shards)]) == 0
