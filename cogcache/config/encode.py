@@ -87,7 +87,8 @@ class EncodeConfig(CommandConfig):
     )
     reader: Literal["auto", "decord", "pyav"] = setting(
         "auto",
-        "Video reader; auto picks decord where it is known to be right, PyAV elsewhere.",
+        "Video reader; auto is pyav. decord reads fewer formats, and each clip is then decoded twice, since decord "
+        "hides damage.",
         panel=_FRAMES,
     )
     vae_dtype: DtypeChoice = setting(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic
+from weakref import WeakSet
 
 from cogcache.cache.writer import CacheWriter, ShardJob
 from cogcache.precompute.piece import Model, Piece, Raw
@@ -21,7 +22,7 @@ _MORE = 4
 class Step(Generic[Model, Raw]):
     """The next thing to do for a shard: make an entry of what is read, or, with neither, finish it.
 
-    ``fresh`` where no step before shares the read.
+    ``fresh`` where no step before shares the read, and for a shard that is only to be finished.
     """
 
     job: ShardJob
@@ -30,15 +31,21 @@ class Step(Generic[Model, Raw]):
 
 
 def read_ahead(
-    writer: CacheWriter, series: str, pieces: Mapping[str, Piece[Model, Raw]], workers: int
-) -> Iterator[Step[Model, Raw]]:
+    writer: CacheWriter,
+    series: str,
+    pieces: Mapping[str, Piece[Model, Raw]],
+    workers: int,
+    claims: WeakSet[ShardJob],
+) -> Generator[Step[Model, Raw], None, None]:
     """All that is to be done for a series, in order, across the borders of shards and of groups of clips.
+
+    Every shard that is claimed is added to ``claims``.
 
     At most ``workers + 4`` files are in memory that were read and not yet taken.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
         ahead: deque[Step[Model, Raw]] = deque()
-        steps = _claimed(writer, series, pieces, pool)
+        steps = _claimed(writer, series, pieces, pool, claims)
         fresh = 0
         try:
             while True:
@@ -51,13 +58,19 @@ def read_ahead(
                 fresh -= step.fresh
                 yield step
         finally:
+            steps.close()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _claimed(
-    writer: CacheWriter, series: str, pieces: Mapping[str, Piece[Model, Raw]], pool: ThreadPoolExecutor
-) -> Iterator[Step[Model, Raw]]:
+    writer: CacheWriter,
+    series: str,
+    pieces: Mapping[str, Piece[Model, Raw]],
+    pool: ThreadPoolExecutor,
+    claims: WeakSet[ShardJob],
+) -> Generator[Step[Model, Raw], None, None]:
     for job in writer.jobs(series, pieces.keys()):
+        claims.add(job)
         last_id, last_read = "", None
         for key in job.remaining:
             piece = pieces[key]
@@ -65,4 +78,4 @@ def _claimed(
             if last_read is None or fresh:
                 last_id, last_read = piece.raw_id, pool.submit(piece.read)
             yield Step(job, (piece, last_read), fresh)
-        yield Step(job)
+        yield Step(job, fresh=not job.remaining)

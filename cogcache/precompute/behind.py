@@ -1,4 +1,4 @@
-"""A thread behind the encoder: it reads results off the device and writes them, in order."""
+"""Threads behind the encoder: one reads results off the device, one writes them, both in order."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 __all__ = ["Behind"]
 
-_WAITING = 2
-
 
 class Behind:
     """Does jobs in order in one thread; the first error stops the run.
 
-    :meth:`do` returns while at most two jobs are not done. A job begins with the wait for its result, so the device
-    has always one more piece to work on while the thread that feeds it waits here, and results in memory are few.
+    Args:
+        waiting: So many jobs may be not done yet when :meth:`do` returns.
     """
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+    def __init__(self, waiting: int, name: str) -> None:
+        self._waiting = waiting
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._pending: deque[Future[None]] = deque()
+        self._failed = False
 
     def __enter__(self) -> Behind:
         return self
@@ -40,8 +40,18 @@ class Behind:
         Raises:
             Exception: whatever an earlier job raised.
         """
-        self._pending.append(self._pool.submit(job, *args))
-        self._settle(_WAITING)
+        self._pending.append(self._pool.submit(self._run, job, *args))
+        self._settle(self._waiting)
+
+    def _run(self, job: Callable[..., None], *args: Any) -> None:
+        """Nothing is done after an error: an entry behind a missing one would take its place for good."""
+        if self._failed:
+            return
+        try:
+            job(*args)
+        except BaseException:
+            self._failed = True
+            raise
 
     def _settle(self, allowed: int) -> None:
         while len(self._pending) > allowed:

@@ -127,7 +127,7 @@ class EncodeSettings:
             "short": config.short,
             "fit": config.fit,
             "interpolation": config.interpolation,
-            "reader": config.reader,
+            "reader": "pyav" if config.reader == "auto" else config.reader,
         }
 
     def images_fingerprint(self) -> Fingerprint:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import cache
+from weakref import WeakSet
 
 from cogcache.cache.format import TEXT, Entry
 from cogcache.cache.writer import CacheWriter, ShardJob
@@ -23,6 +24,10 @@ from cogcache.progress import Progress
 
 __all__ = ["Piece", "Tally", "encode_pieces", "encode_text"]
 
+_RESULTS, _WRITES = 3, 8
+"""So much may wait: results, so that the device has always work, and its memory holds few inputs more than it works on;
+and writes, so that closing a shard holds nothing up.
+"""
 _NOT_FINITE = "the text encoder gave values that are not finite; try --text-dtype float32"
 
 
@@ -48,22 +53,35 @@ def encode_pieces(
     model = cache(load_model)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(unit, todo, unit)) if todo else None
-        making = _Making(stack.enter_context(Behind()), progress)
-        for step in read_ahead(writer, series, by_key, workers):
+        claims = WeakSet[ShardJob]()
+        stack.callback(_give_back, claims)  # comes last, when nothing is written to them any more
+        steps = stack.enter_context(closing(read_ahead(writer, series, by_key, workers, claims)))
+        writes = stack.enter_context(Behind(_WRITES, "write"))
+        making = _Making(stack.enter_context(Behind(_RESULTS, "result")), writes, progress)
+        for step in steps:
             if step.made is None:
-                making.behind.do(step.job.finish)
+                making.finish(step.job)
             else:
                 making.encode(step.job, *step.made, model)
     making.tally.seconds = making.elapsed()
     return making.tally
 
 
-class _Making:
-    """Begins entries in the caller's thread; has them finished, written and counted in the one behind."""
+def _give_back(jobs: WeakSet[ShardJob]) -> None:
+    """Close what an error has left open."""
+    for job in list(jobs):
+        job.close()
 
-    def __init__(self, behind: Behind, progress: Progress | None) -> None:
-        self.behind, self.tally = behind, Tally()
-        self._progress = progress
+
+class _Making:
+    """Begins entries in the caller's thread; has them finished in one behind it, written and counted in another.
+
+    All that concerns shards passes through both in order.
+    """
+
+    def __init__(self, results: Behind, writes: Behind, progress: Progress | None) -> None:
+        self.tally = Tally()
+        self._results, self._writes, self._progress = results, writes, progress
         self._begun = self._done = 0
         self._started = self._idle_since = time.monotonic()
 
@@ -79,10 +97,14 @@ class _Making:
         try:
             finish = piece.start(loaded, self._take(raw))
         except (VideoError, MemoryError) as error:
-            self.behind.do(self._fail, job, piece, error)
+            self._results.do(self._writes.do, self._fail, job, piece, error)
         else:
             self._begun += 1
-            self.behind.do(self._write, job, piece, finish)
+            self._results.do(self._result, job, piece, finish)
+
+    def finish(self, job: ShardJob) -> None:
+        """Commit a shard after all that was begun for it."""
+        self._results.do(self._writes.do, job.finish)
 
     def _take(self, raw: Future[Raw]) -> Raw:
         """What was read. The wait for it counts from when the device has nothing left to do."""
@@ -93,15 +115,18 @@ class _Making:
             if self._begun == self._done:
                 self.tally.waited_s += time.monotonic() - max(asked, self._idle_since)
 
-    def _write(self, job: ShardJob, piece: Piece[Model, Raw], finish: Callable[[], Entry]) -> None:
+    def _result(self, job: ShardJob, piece: Piece[Model, Raw], finish: Callable[[], Entry]) -> None:
         try:
             entry = finish()
         except (VideoError, MemoryError) as error:
-            self._fail(job, piece, error)
-            return
+            self._writes.do(self._fail, job, piece, error)
+        else:
+            self._writes.do(self._write, job, entry)
         finally:
             self._idle_since = time.monotonic()
             self._done += 1
+
+    def _write(self, job: ShardJob, entry: Entry) -> None:
         job.append(entry)
         self.tally.encoded += 1
         self._show()

@@ -1,8 +1,8 @@
 """Reading video: a file becomes fitted uint8 frames, picked by timestamp.
 
 The way of one clip: :mod:`probe` looks at the container and judges whether the file is whole; :mod:`choose`
-picks decord or PyAV for it; :mod:`picking` turns timestamps into frame indices; the reader hands over those
-frames upright; :mod:`cogcache.pictures` resizes and crops each as it comes; :mod:`clip` strings this together.
+opens it with PyAV, or decord where named; :mod:`picking` turns timestamps into frame indices; the reader hands over
+those frames upright; :mod:`cogcache.pictures` resizes and crops each as it comes; :mod:`clip` strings this together.
 
 Colours are converted with the matrix and range that the stream declares (BT.601, limited, where it declares
 none, as FFmpeg does). HDR transfer curves are not tone-mapped.

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from cogcache.errors import TooShortError, VideoError
 from cogcache.geometry import FitMode, FitPlan, Size, plan_fit
 from cogcache.pictures import Interpolation, fit_frame
 from cogcache.video.choose import ReaderChoice, open_video
@@ -73,20 +72,8 @@ def load_first_frame(path: Path, request: ClipRequest) -> torch.Tensor:
 
 
 def _read(path: Path, request: ClipRequest, keep: int) -> Clip:
-    reader = open_video(path, request.reader)
-    try:
+    with open_video(path, request.reader) as reader:
         return _load(reader, request, keep)
-    except TooShortError:
-        raise
-    except VideoError as error:
-        if reader.name != "decord" or request.reader != "auto":
-            raise
-        note = error.message
-    finally:
-        reader.close()
-    with open_video(path, "pyav") as fallback:
-        fallback.note = note
-        return _load(fallback, request, keep)
 
 
 def _load(reader: VideoReader, request: ClipRequest, keep: int) -> Clip:
@@ -123,7 +110,6 @@ def _facts(reader: VideoReader, picked: Picked, plan: FitPlan) -> dict[str, Any]
     info = reader.info
     return {
         "reader": reader.name,
-        "reader_note": reader.note,
         "codec": info.codec,
         "container": info.container,
         "source_frames": info.frames,

@@ -1,4 +1,4 @@
-"""The fast reader for the common formats, through decord."""
+"""A second reader for the common formats, through decord."""
 
 from __future__ import annotations
 
@@ -49,7 +49,6 @@ class DecordReader(StreamedReader):
     """
 
     name = "decord"
-    note = ""
 
     def __init__(self, path: Path, probe: Probe) -> None:
         self.info = probe.info

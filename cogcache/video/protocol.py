@@ -53,13 +53,9 @@ class VideoInfo:
 
 
 class VideoReader(Protocol):
-    """Frames of one open video, by index into ``timestamps``. Used by one thread, then closed.
-
-    ``note`` says why this reader was taken where another was preferred; empty otherwise.
-    """
+    """Frames of one open video, by index into ``timestamps``. Used by one thread, then closed."""
 
     name: str
-    note: str
     info: VideoInfo
     timestamps: Timestamps
 

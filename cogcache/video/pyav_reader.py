@@ -25,9 +25,8 @@ class PyAVReader(StreamedReader):
 
     name = "pyav"
 
-    def __init__(self, path: Path, probe: Probe, note: str = "") -> None:
+    def __init__(self, path: Path, probe: Probe) -> None:
         self.path = path
-        self.note = note
         self.info = probe.info
         self.timestamps = probe.timestamps
         self._probe = probe

@@ -41,7 +41,7 @@ def shards(tiny_models: Callable[[Family], Path], tmp_path_factory: pytest.TempP
             moments = moments * 9
         key, text = entry_key(prints["latents"], clip=number), entry_key(prints["text"], caption=caption)
         facts = {
-            "reader": "decord",
+            "reader": "pyav",
             "codec": "h264",
             "times_s": [0.0, 0.5 + number],
             "padded": int(number == 4),

@@ -26,7 +26,7 @@ def test_the_table_tells_it_all(shards: Path, capsys: pytest.CaptureFixture[str]
         "bucket 7 x 9 x 32x48 @ 8 fps",
         "bucket 1 x 9 x 48x32 @ 8 fps",
         "failure 2 x too short",
-        "reader 8 x decord",
+        "reader 8 x pyav",
         "codec 8 x h264",
         "latents.vae_dtype float32",
         "durations 0.50 to 7.50 s, median 4.50 s, 32 s together",

@@ -217,7 +217,7 @@ def files(root: Path) -> dict[str, bytes]:
         ({"window": "centre"}, "series.latents.window: was 'start', is 'centre'"),
         ({"windows": 2}, "series.latents.window: was 'start', is '2 windows'"),
         ({"interpolation": "bilinear"}, "series.latents.interpolation: was 'bicubic', is 'bilinear'"),
-        ({"reader": "pyav"}, "series.latents.reader: was 'auto', is 'pyav'"),
+        ({"reader": "decord"}, "series.latents.reader: was 'pyav', is 'decord'"),
         ({"family": "2b"}, "model.positions: was 'rope', is 'sincos'"),
     ],
 )
