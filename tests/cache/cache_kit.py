@@ -181,16 +181,24 @@ class FakeOs:
         error: Fail with this errno at that step only, instead of the end.
         torn: Write half of the data before stopping.
         kill: Stop by a SIGKILL to this very process.
+        tell: Called before every step.
     """
 
     STEPS = ("open", "write", "ftruncate", "fsync", "fdatasync", "replace", "unlink", "makedirs")
 
     def __init__(
-        self, stop_at: int | None = None, error: int = 0, *, torn: bool = False, kill: bool = False
+        self,
+        stop_at: int | None = None,
+        error: int = 0,
+        *,
+        torn: bool = False,
+        kill: bool = False,
+        tell: Callable[[], object] = int,
     ) -> None:
         self.steps = 0
         self.log: list[str] = []
         self._stop_at, self._error, self._torn, self._kill = stop_at, error, torn, kill
+        self._tell = tell
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
@@ -200,6 +208,7 @@ class FakeOs:
         def step(*args: Any, **kwargs: Any) -> Any:
             number, self.steps = self.steps, self.steps + 1
             self.log.append(name)
+            self._tell()
             if (
                 self._stop_at is not None
                 and number >= self._stop_at

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -30,9 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
-    """Processes that start warm, with torch imported."""
+    """Processes that start warm: with torch, the cache and the kits imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "safetensors.torch", "cogcache.cache.writer", "process_kit"])
+    context.set_forkserver_preload(["safetensors.torch", "process_kit", "scenario_kit"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # it knows of no other path
+        forkserver.ensure_running()
     return context
 
 

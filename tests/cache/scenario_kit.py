@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 from cache_kit import FakeOs, install, snapshot
-from kill_kit import Kept, Lists, check_after_kill, encoding
-from process_kit import Body
+from kill_kit import Kept, Lists, check_after_kill, encode_until_idle, encoding
+from process_kit import Body, Run
 from verify_kit import flip_tensor, latent_key
 
 from cogcache.cache.backend import BACKENDS
@@ -59,18 +60,26 @@ class Scenario:
         body: Makes it, given a finished cache of :data:`SOURCE`.
         before: What a finished cache holds when the run begins; None: there is none.
         backend: How the shards of that cache are stored.
+        processes: How many run at the same time.
     """
 
     name: str
     body: Callable[[Path], Body]
     before: Lists | None = None
     backend: BackendName = "webdataset"
+    processes: int = 1
 
 
 def encode_scenario(name: str, lists: Lists, before: Lists | None = None) -> Scenario:
     return Scenario(name, lambda _: encoding(lists), before)
 
 
+def three_encode(backend: BackendName) -> Scenario:
+    body = partial(encode_until_idle, lists=Lists(8, bad=BAD, draws=1, prompts=1, backend=backend))
+    return Scenario(f"{backend}: three encode together", lambda _: body, processes=3)
+
+
+TOGETHER = [three_encode(backend) for backend in BACKENDS]
 SCENARIOS = [
     encode_scenario("encode, one shard", Lists(4, per_shard=100)),
     encode_scenario("encode, many shards, clips that fail", Lists(3, per_shard=1, bad=BAD)),
@@ -100,6 +109,7 @@ class Trial:
         self, scenario: Scenario, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.name, self.body = scenario.name, scenario.body(source / scenario.backend)
+        self._processes = scenario.processes
         self._folder, self._caches = folder, 0
         self.start = folder / "start"
         install(FakeOs(), monkeypatch)
@@ -120,10 +130,17 @@ class Trial:
             shutil.copytree(self.start, root)
         return root
 
-    def progress(self, kept: Kept) -> float:
+    def launch(self, context: ForkServerContext, root: Path, stop_at: int | None = None) -> list[Run]:
+        """The processes of the scenario; the first kills itself in place of its operation ``stop_at``, if any."""
+        stops = [stop_at, *[None] * (self._processes - 1)]
+        return [
+            Run(context, self.body, root, stop, torn=stop is not None and stop % 2 == 1) for stop in stops
+        ]
+
+    def progress(self, there: Collection[str]) -> float:
         """How many of the entries to make are durable, 0 to 1."""
-        old = len(self.before.keys)
-        return (len(kept.keys) - old) / (len(self.keys) - old)
+        new = self.keys - self.before.keys
+        return len(new.intersection(there)) / len(new)
 
     def check(self, root: Path) -> Kept:
         """What must hold of a cache in which it was stopped."""

@@ -8,7 +8,6 @@ import os
 import random
 import resource
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -31,7 +30,7 @@ from cache_kit import (
     install,
     snapshot,
 )
-from process_kit import Run, drain
+from process_kit import Run, drain, join, kill_at_random
 
 from cogcache.cache import files
 from cogcache.cache.format import LATENTS, TEXT
@@ -56,19 +55,19 @@ def durable(root: Path) -> set[str]:
     return writer.committed(LATENTS) | writer.committed(TEXT)
 
 
-def test_killed_at_random(processes: ForkServerContext, tmp_path: Path, expected: dict[str, bytes]) -> None:
-    chance = random.Random(0)
-    kills, caches, usual = 0, 0, 0.0
+@pytest.mark.usefixtures("fast_disk")
+def test_killed_at_random(
+    processes: ForkServerContext, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, dice = all_steps(monkeypatch, begin(tmp_path / "whole")), random.Random(0)
+    kills, caches = 0, 0
     while kills < KILLS or caches < 2:
         root, killed, told = begin(tmp_path / str(caches)), True, set[str]()
         while killed:
             run = Run(processes, encode, root)
-            if usual:
-                time.sleep(chance.uniform(0, usual))
-                run.kill()
-            outcome = run.join()
-            killed, usual = outcome.killed, usual or outcome.seconds
-            told |= outcome.told
+            kill_at_random([run], [run], steps, dice)
+            told |= join([run])
+            killed = run.killed
             kills += killed
             assert told <= durable(root)
         assert snapshot(root) == expected
@@ -80,7 +79,8 @@ def test_several_processes_fill_one_cache(
 ) -> None:
     root = begin(tmp_path / "cache")
     workers = [Run(processes, encode_until_idle, root) for _ in range(3)]
-    assert not any(worker.join().killed for worker in workers)
+    join(workers)
+    assert not any(worker.killed for worker in workers)
     assert snapshot(root) == expected
 
 

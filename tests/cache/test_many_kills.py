@@ -7,17 +7,23 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-import kill_kit
 import pytest
 from cache_kit import snapshot
 from kill_kit import Lists, Tally, check_after_kill, encoding
-from process_kit import Run
-from scenario_kit import BAD, SCENARIOS, RepairTrial, Scenario, Trial, encode_scenario, make_sources
+from process_kit import Run, hear_out, join, kill_at_random
+from scenario_kit import (
+    BAD,
+    SCENARIOS,
+    TOGETHER,
+    RepairTrial,
+    Scenario,
+    Trial,
+    encode_scenario,
+    make_sources,
+)
 
 from cogcache.cache.backend import BACKENDS
 from cogcache.cache.format import BackendName
@@ -25,17 +31,18 @@ from cogcache.cache.reader import CacheReader
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-EVERY_STEP, AT_ANY_TIME, ONE_OF_THREE, ALL_THREE, GROWING, REPAIRS = 60, 10, 30, 30, 30, 60
-"""The least number of kills in each test: of each scenario in the first two, of each backend in the others."""
+EVERY_STEP, AT_ANY_TIME, ONE_OF_THREE, GROWING, REPAIRS = 60, 100, 60, 60, 60
+"""The least number of kills in each test, of each scenario or backend; in the second, of each process."""
+
+SEVERAL = len(TOGETHER) * (3 * AT_ANY_TIME + ONE_OF_THREE)
+"""Kills while three processes encode into one cache."""
+assert SEVERAL >= 200
 
 
-def _least() -> int:
-    several = ONE_OF_THREE + ALL_THREE + REPAIRS
-    return (EVERY_STEP + AT_ANY_TIME) * len(SCENARIOS) + several * len(BACKENDS) + GROWING
+def of_each(scenarios: list[Scenario]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("scenario", scenarios, ids=lambda scenario: scenario.name)
 
 
-assert _least() >= 200
-scenarios = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 both = pytest.mark.parametrize("kind", BACKENDS)
 
 
@@ -61,7 +68,7 @@ def timed(tally: Tally, name: str) -> Iterator[None]:
     tally.seconds[name] = time.monotonic() - began
 
 
-@scenarios
+@of_each(SCENARIOS)
 def test_killed_before_every_file_operation(
     scenario: Scenario,
     processes: ForkServerContext,
@@ -74,9 +81,10 @@ def test_killed_before_every_file_operation(
     with timed(tally, name):
         for step in range(trial.steps):
             root = trial.begin()
-            outcome = Run(processes, trial.body, root, step, torn=bool(step % 2)).join()
-            assert outcome.killed
-            kept = check_after_kill(root, trial.before, outcome.told, trial.finished)
+            (run,) = runs = trial.launch(processes, root, step)
+            told = join(runs)
+            assert run.killed
+            kept = check_after_kill(root, trial.before, told, trial.finished)
             tally.add(name, root, step / trial.steps)
             trial.finish(root, kept)
     tally.check(name, EVERY_STEP)
@@ -88,7 +96,7 @@ def test_killed_before_every_file_operation(
     }
 
 
-@scenarios
+@of_each([*SCENARIOS, *TOGETHER])
 def test_killed_at_any_time(
     scenario: Scenario,
     processes: ForkServerContext,
@@ -97,115 +105,53 @@ def test_killed_at_any_time(
     monkeypatch: pytest.MonkeyPatch,
     tally: Tally,
 ) -> None:
-    """The same cache is killed again and again until it is finished."""
+    """The same cache is killed, by all who work on it together, again and again until it is finished."""
     trial, name = Trial(scenario, source, tmp_path, monkeypatch), f"{scenario.name}: at any time"
-    usual, dice = Run(processes, trial.body, trial.begin()).join().seconds, random.Random(name)
+    dice, least = random.Random(name), AT_ANY_TIME * scenario.processes
     with timed(tally, name):
-        while tally.kills[name] < AT_ANY_TIME or not spread(tally, name):
-            root, killed, kept = trial.begin(), True, trial.before
+        while tally.kills[name] < least:
+            root, killed, kept = trial.begin(), 1, trial.before
             while killed:
-                run = Run(processes, trial.body, root)
-                time.sleep(dice.uniform(0, usual))
-                run.kill()
-                outcome = run.join()
-                assert kept.keys.isdisjoint(outcome.told)
-                killed, kept = outcome.killed, check_after_kill(root, kept, outcome.told, trial.finished)
+                runs = trial.launch(processes, root)
+                kill_at_random(runs, runs, trial.steps, dice)
+                told, killed = join(runs), sum(run.killed for run in runs)
+                assert kept.keys.isdisjoint(told)
+                kept = check_after_kill(root, kept, told, trial.finished)
                 if killed:
-                    tally.add(name, root, trial.progress(kept))
+                    tally.add(name, root, trial.progress(kept.keys), killed)
             assert snapshot(root) == trial.expected
-    tally.check(name, AT_ANY_TIME)
+    tally.check(name, least)
 
 
-def spread(tally: Tally, name: str) -> bool:
-    """Whether the kills came at varied progress; after so many it is no accident any more if not."""
-    return tally.varied(name) or len(tally.progress[name]) > 200
-
-
-THREE = Lists(8, per_shard=2, bad=BAD, draws=1, prompts=1)
-
-
-@both
+@of_each(TOGETHER)
 def test_one_of_three_processes_is_killed(
-    kind: BackendName,
+    scenario: Scenario,
     processes: ForkServerContext,
     source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     tally: Tally,
 ) -> None:
-    """The two others finish its work: at a random moment, or right before one of its file operations."""
-    name, dice, three = (
-        f"{kind}: three processes, one is killed",
-        random.Random(0),
-        replace(THREE, backend=kind),
-    )
-    trial = Trial(encode_scenario(name, three), source, tmp_path, monkeypatch)
-    body = partial(kill_kit.encode_until_idle, lists=three)
-    usual = Run(processes, body, trial.begin()).join().seconds
+    """The two others finish its work."""
+    trial, name = Trial(scenario, source, tmp_path, monkeypatch), f"{scenario.name}: one is killed"
+    dice = random.Random(name)
     with timed(tally, name):
-        while tally.kills[name] < ONE_OF_THREE or not several(tally, name):
-            root, chosen, itself = trial.begin(), dice.randrange(3), tally.kills[name] % 2 == 0
-            stops = [dice.randrange(trial.steps // 2) if itself and n == chosen else None for n in range(3)]
-            runs = [Run(processes, body, root, stop, torn=dice.random() < 0.5) for stop in stops]
+        while tally.kills[name] < ONE_OF_THREE:
+            root, itself = trial.begin(), dice.random() < 0.5
+            stop = dice.randrange(trial.steps // 2) if itself else None
+            runs = victim, *others = trial.launch(processes, root, stop)
             if not itself:
-                time.sleep(dice.uniform(0, usual))
-                runs[chosen].kill()
-            outcomes = [run.join() for run in runs]
-            told = [key for outcome in outcomes for key in outcome.told]
-            assert [n for n, outcome in enumerate(outcomes) if outcome.killed] in ([chosen], [])
-            assert len(told) == len(set(told)), "an entry was made twice"
-            if outcomes[chosen].killed:
-                tally.add(name, root, len(outcomes[chosen].told) / len(trial.keys))
-            kept = check_after_kill(root, trial.before, frozenset(told), finished=True)
+                kill_at_random(runs, [victim], trial.steps, dice)
+            hear_out([victim], runs)
+            by_then = [key for run in runs for key in run.told]
+            told = join(runs)
+            assert not any(run.killed for run in others)
+            if victim.killed:
+                tally.add(name, root, trial.progress(by_then))
+            kept = check_after_kill(root, trial.before, told, finished=True)
             assert kept.keys == trial.keys
             trial.finish(root, kept)
-    assert len(set(tally.progress[name])) >= 4
-
-
-def several(tally: Tally, name: str) -> bool:
-    """As :func:`spread`, where one process of several does not do all of the work."""
-    return len(set(tally.progress[name])) >= 4 or len(tally.progress[name]) > 200
-
-
-@both
-def test_three_processes_are_killed_together(
-    kind: BackendName,
-    processes: ForkServerContext,
-    source: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tally: Tally,
-) -> None:
-    """Three new ones go on, until the cache is finished."""
-    name, dice, three = (
-        f"{kind}: three processes, all are killed",
-        random.Random(0),
-        replace(THREE, backend=kind),
-    )
-    trial = Trial(encode_scenario(name, three), source, tmp_path, monkeypatch)
-    body = partial(kill_kit.encode_until_idle, lists=three)
-    usual = Run(processes, body, trial.begin()).join().seconds
-    with timed(tally, name):
-        while tally.kills[name] < ALL_THREE or not spread(tally, name):
-            root, killed, kept = trial.begin(), 3, trial.before
-            while killed:
-                runs = [Run(processes, body, root) for _ in range(3)]
-                time.sleep(dice.uniform(0, usual / 2))
-                for run in runs:
-                    run.kill()
-                outcomes = [run.join() for run in runs]
-                told = [key for outcome in outcomes for key in outcome.told]
-                assert len(told) == len(set(told)), "an entry was made twice"
-                assert kept.keys.isdisjoint(told)
-                killed = sum(outcome.killed for outcome in outcomes)
-                kept = check_after_kill(root, kept, frozenset(told), trial.finished)
-                if killed:
-                    tally.add(name, root, trial.progress(kept), killed)
-                    usual *= (
-                        0.7 if trial.progress(kept) == 1 else 1.1
-                    )  # the first run may have been slower, or quicker
-            assert snapshot(root) == trial.expected
-    tally.check(name, ALL_THREE)
+    tally.check(name, ONE_OF_THREE)
 
 
 def test_lists_grow_while_nothing_is_finished(
@@ -221,11 +167,12 @@ def test_lists_grow_while_nothing_is_finished(
             root, kept = trial.begin(), trial.before
             for clips in range(2, most + 1):
                 body = encoding(Lists(clips, bad=BAD))
-                outcome = Run(processes, body, root, dice.randrange(trial.steps), torn=True).join()
-                assert kept.keys.isdisjoint(outcome.told)
-                kept = check_after_kill(root, kept, outcome.told, finished=False)
-                if outcome.killed:
-                    tally.add(name, root, trial.progress(kept))
+                run = Run(processes, body, root, dice.randrange(trial.steps), torn=True)
+                told = join([run])
+                assert kept.keys.isdisjoint(told)
+                kept = check_after_kill(root, kept, told, finished=False)
+                if run.killed:
+                    tally.add(name, root, trial.progress(kept.keys))
             made: list[str] = []
             encoding(Lists(most, bad=BAD))(root, made.append)
             assert kept.keys.isdisjoint(made)
@@ -257,7 +204,9 @@ def test_repair_is_killed_before_every_file_operation(
     with timed(tally, name):
         for step in range(trial.steps):
             root = Path(shutil.copytree(trial.start, tmp_path / str(step)))
-            assert Run(processes, trial.body, root, step, torn=bool(step % 2)).join().killed
+            run = Run(processes, trial.body, root, step, torn=bool(step % 2))
+            assert not join([run])
+            assert run.killed
             kept = trial.check(root)
             tally.add(name, root, step / trial.steps)
             trial.finish(root, kept)
