@@ -42,13 +42,21 @@ class Connection:
 
     Every method raises :class:`FileNotFoundError` where the server says that there is no such file, and
     :class:`~cogcache.errors.CacheError` where it refuses or does not answer for ``patience`` seconds.
+
+    Args:
+        known: Whether the server has answered before: if it never has, it is asked for half a minute only.
     """
 
-    def __init__(self, url: Url, patience: float) -> None:
+    def __init__(self, url: Url, patience: float, known: bool = False) -> None:
         self._url = url
-        self._patience = Patience(url, patience)
+        self._patience = Patience(url, patience, known)
         self._fs = _file_system(url)
         self._root = str(self._fs._strip_protocol(url.text))
+
+    @property
+    def known(self) -> bool:
+        """Whether the server has answered."""
+        return self._patience.known
 
     def _call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         return self._patience.call(lambda: function(*args, **kwargs))

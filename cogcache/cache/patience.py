@@ -18,6 +18,8 @@ __all__ = ["Patience", "credentials_hint"]
 T = TypeVar("T")
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S, _QUIET_S = 0.2, 10.0, 1.0
+_STRANGER_S = 30.0
+"""For how long a server is asked that has never answered: that is rather a wrong address than an outage."""
 _LIBRARIES = {
     "aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpcore", "httpx", "huggingface_hub",
     "requests", "urllib3",
@@ -48,11 +50,15 @@ class Patience:
     """Calls that are repeated while ``url`` does not answer, for up to ``seconds`` an outage. Thread-safe.
 
     An outage lasts from the first call that fails until one that does not. It is told once, when it is longer than a
-    moment, and once more when it is over.
+    moment, and once more when it is over. A server that has never answered, not even with an error, gets half a minute.
+
+    Args:
+        known: Whether it has answered before, in another process perhaps.
     """
 
-    def __init__(self, url: Url, seconds: float) -> None:
+    def __init__(self, url: Url, seconds: float, known: bool = False) -> None:
         self._url, self._seconds = url, seconds
+        self.known = known
         self._lock = threading.Lock()
         self._since: float | None = None
         self._told = False
@@ -80,11 +86,13 @@ class Patience:
         chain = list(_chain(error))
         names = {type(link).__name__ for link in chain}
         statuses = {status for link in chain if (status := _status(link))}
+        nothing_there = 404 in statuses or any(isinstance(link, FileNotFoundError) for link in chain)
+        self.known |= bool(statuses) or nothing_there
         if names & _NO_CREDENTIALS:
             raise self._refusal("no credentials for", error, credentials_hint(self._url)) from error
         if statuses & {401, 403} or any(isinstance(link, PermissionError) for link in chain):
             raise self._refusal("no access to", error, credentials_hint(self._url)) from error
-        if 404 in statuses or any(isinstance(link, FileNotFoundError) for link in chain):
+        if nothing_there:
             raise FileNotFoundError(errno.ENOENT, "the server has no such file") from error
         if not isinstance(error, OSError) and not any(map(_is_of_library, chain)):
             raise error
@@ -101,19 +109,22 @@ class Patience:
             if self._since is None:
                 self._since = now
             waited = now - self._since
-            if waited >= self._seconds:
-                raise CacheError(
-                    f"{self._url} has not answered for {waited:.0f} s: {_reason(error)}.",
-                    "Nothing is lost: run the same command again when it does (train: with --resume latest).",
-                ) from error
+            limit = self._seconds if self.known else min(self._seconds, _STRANGER_S)
+            if waited >= limit:
+                raise self._silence(waited, error) from error
             if waited + wait >= _QUIET_S and not self._told:
                 self._told = True
-                say(
-                    f"{self._url} does not answer ({_reason(error)}). Waiting for it, up to {self._seconds:.0f} s."
-                )
-            return min(wait, self._seconds - waited)
+                say(f"{self._url} does not answer ({_reason(error)}). Waiting for it, up to {limit:.0f} s.")
+            return min(wait, limit - waited)
+
+    def _silence(self, waited: float, error: Exception) -> CacheError:
+        hint = "Nothing is lost: run the same command again when it does (train: with --resume latest)."
+        if not self.known:
+            hint = f"It has never answered: check the address, the network and AWS_ENDPOINT_URL. {hint}"
+        return CacheError(f"{self._url} has not answered for {waited:.0f} s: {_reason(error)}.", hint)
 
     def _answered(self) -> None:
+        self.known = True
         if self._since is None:
             return
         with self._lock:

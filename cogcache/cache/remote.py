@@ -32,7 +32,7 @@ class RemoteOptions:
     Args:
         folder: What is fetched is kept here; None for :func:`~cogcache.cache.lru.default_folder`.
         limit: Bytes kept at most; 0 keeps nothing.
-        patience: Seconds to wait for a server that does not answer.
+        patience: Seconds to wait for a server that does not answer any more; one that never did gets half a minute.
     """
 
     folder: Path | None = None
@@ -55,30 +55,36 @@ class RemoteStorage:
     def __init__(self, root: Url, options: RemoteOptions) -> None:
         self.root: Location = root
         self._url, self._options = root, options
-        self._start()
+        self._start(known=False)
 
-    def _start(self) -> None:
+    def _start(self, known: bool) -> None:
         self._lru = Lru(self._options.folder or default_folder(), self._options.limit)
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._process = os.getpid()
+        self._was_known = known
 
-    def __getstate__(self) -> tuple[Url, RemoteOptions]:
-        return self._url, self._options
+    def __getstate__(self) -> tuple[Url, RemoteOptions, bool]:
+        return self._url, self._options, self._known
 
-    def __setstate__(self, state: tuple[Url, RemoteOptions]) -> None:
-        self._url, self._options = state
+    def __setstate__(self, state: tuple[Url, RemoteOptions, bool]) -> None:
+        self._url, self._options, known = state
         self.root = self._url
-        self._start()
+        self._start(known)
+
+    @property
+    def _known(self) -> bool:
+        """Whether the server has answered, here or where this was copied from."""
+        return self._was_known or (self._connection is not None and self._connection.known)
 
     @property
     def connection(self) -> Connection:
         """Of this process: neither the library's event loop nor its sockets survive a fork."""
         if self._process != os.getpid():
-            self._start()
+            self._start(self._known)
         with self._lock:
             if self._connection is None:
-                self._connection = Connection(self._url, self._options.patience)
+                self._connection = Connection(self._url, self._options.patience, self._was_known)
             return self._connection
 
     def read(self, name: str, sha256: str = "") -> bytes:

@@ -167,7 +167,11 @@ class TrainConfig(CommandConfig):
         ge=0,
     )
     remote_patience: float = setting(
-        10.0, "Shards at a URL only: minutes to wait for a server that does not answer.", panel=_REMOTE, ge=0
+        10.0,
+        "Shards at a URL only: minutes to wait for a server that does not answer any more. "
+        "One that has never answered gets half a minute.",
+        panel=_REMOTE,
+        ge=0,
     )
     checkpoint_every: int = setting(100, "Optimizer steps between checkpoints; 0 is none.", panel=_CKPT, ge=0)
     keep_checkpoints: int = setting(
