@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import imageio_ffmpeg
 import numpy as np
 
 HEIGHT, WIDTH = 96, 160
@@ -64,5 +63,7 @@ def write_video(
 
 def ffmpeg(*arguments: object) -> bytes:
     """Run the ffmpeg program, for what PyAV's muxers cannot write."""
+    import imageio_ffmpeg  # brings a program with it; tests that need none run without
+
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True).stdout
