@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from cogcache.bench.commands import bench_app
 from cogcache.errors import CogcacheError
+from cogcache.planner.commands import plan_command
 from cogcache.wording import counted
 
 if TYPE_CHECKING:
@@ -321,6 +322,7 @@ def _merge(
 
 
 app.add_typer(bench_app, name="bench")
+app.command("plan")(plan_command)
 
 
 @app.command("demo")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from cogcache.errors import GeometryError, ModelError
 from cogcache.geometry import Size, check_frames, check_size, latent_frames
 
-__all__ = ["Positions", "Task", "Variant", "read_config", "read_variant", "weights_dtype"]
+__all__ = ["Positions", "Task", "Variant", "read_config", "read_variant", "variant_of", "weights_dtype"]
 
 Positions = Literal["sincos", "rope", "rope+learned"]
 Task = Literal["t2v", "i2v"]
@@ -178,9 +178,18 @@ def read_variant(root: Path, transformer_root: Path | None = None) -> Variant:
     scheduler = read_config(root, "scheduler/scheduler_config.json")
     _check_classes(root, transformer, vae, scheduler)
     try:
-        return Variant(**_transformer_facts(transformer), **_vae_facts(vae), **_scheduler_facts(scheduler))
+        return variant_of(transformer, vae, scheduler)
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{root} has an incomplete CogVideoX config: {error}") from None
+
+
+def variant_of(transformer: dict[str, Any], vae: dict[str, Any], scheduler: dict[str, Any]) -> Variant:
+    """The facts in the configs of a checkpoint's components.
+
+    Raises:
+        ArithmeticError, KeyError, TypeError, ValueError: if a fact is missing or none.
+    """
+    return Variant(**_transformer_facts(transformer), **_vae_facts(vae), **_scheduler_facts(scheduler))
 
 
 def _check_classes(root: Path, *configs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The direction of the arrows: leaves -> cache -> {precompute, train, infer} -> cli, demo, bench."""
+"""The direction of the arrows: leaves -> cache -> {precompute, train, infer} -> cli, demo, bench, planner."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import cogcache
 
 PACKAGE = Path(cogcache.__file__).parent
 STAGES = ("precompute", "train", "infer", "inspect")
-TOP = ("cli", "demo", "bench", "__main__")
+TOP = ("cli", "demo", "bench", "planner", "__main__")
 
 
 def module_name(path: Path) -> str:

@@ -16,8 +16,9 @@ from cogcache.train.data import Samples
 from cogcache.train.devices import open_accelerator, product_ceiling, set_matmul_precision
 from cogcache.train.holdout import split_holdout
 from cogcache.train.loop import Trainer
-from cogcache.train.memory import place_blocks
-from cogcache.train.metrics import check_trackers
+from cogcache.train.memory.outcome import outcome, typical_seconds
+from cogcache.train.memory.place import place_blocks, plan_blocks
+from cogcache.train.metrics import METRICS_FILE, check_trackers
 from cogcache.train.model import base_dtype, load_scheduler, load_transformer
 from cogcache.train.run import (
     check_resume,
@@ -78,6 +79,7 @@ def train(config: TrainConfig) -> TrainResult:
         }
     )
     accelerator = open_accelerator(config)
+    placement = plan_blocks(config, accelerator, root, samples, dtype)
     run = run_record(config, reader.manifest, accelerator.num_processes, held_out)
     output, checkpoint = claim_output(config)
     if checkpoint:
@@ -90,7 +92,7 @@ def train(config: TrainConfig) -> TrainResult:
     transformer = load_transformer(root, tuning.held_in)
     tuning.prepare(transformer)
     set_matmul_precision(accelerator.device, dtype)
-    measures = place_blocks(config, accelerator, transformer, samples)
+    measures = place_blocks(placement, config, transformer, accelerator.device)
     scheduler = load_scheduler(root)
     validator = Validator(
         config,
@@ -130,6 +132,10 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process:
+        if placement.forecast and loss is not None:
+            begun = checkpoint.state.step if checkpoint else 0
+            seconds = typical_seconds(output / METRICS_FILE, begun)
+            say(outcome(placement.forecast, accelerator.device, seconds))
         say(f"Done after {config.steps} steps: {output / tuning.result}")
     return TrainResult(output / tuning.result, output, config.steps, loss)
 

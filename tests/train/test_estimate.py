@@ -34,15 +34,19 @@ Models = Callable[[Family], Path]
 
 GIB = 2**30
 HD, LARGE = "49x480x720", "81x768x1360"
-MEASURED = [  # family, bucket, recipe, batch, seconds, GiB; rank 128, one H200
-    ("5b", HD, "reference", 1, 3.660, 29.92),  # benchmarks/records/2026-11-22-tiers.md
-    ("5b", HD, "fast", 1, 2.055, 73.93),
-    ("5b", HD, "balanced", 1, 2.290, 18.36),
-    ("5b", HD, "small", 1, 2.301, 4.78),
-    ("5b", HD, "tiny", 1, 2.336, 3.78),
+MEASURED: list[tuple[Family, str, str, int, float, float]] = [
+    # family, bucket, recipe, batch, seconds, GiB; rank 128, one H200
+    ("5b", HD, "reference", 1, 3.676, 29.93),  # benchmarks/records/2026-11-22-tiers.md
+    ("5b", HD, "plain", 1, 3.618, 19.14),
+    ("5b", HD, "fast", 1, 2.037, 69.68),
+    ("5b", HD, "balanced", 1, 2.278, 18.29),
+    ("5b", HD, "small", 1, 2.286, 4.72),
+    ("5b", HD, "tiny", 1, 2.323, 3.73),
     ("5b", HD, "small", 2, 4.589, 7.01),
-    ("5b", HD, "plain", 1, 3.66, 19.11),  # benchmarks/records/2026-11-22-h200.md
-    ("1.5-5b-i2v", LARGE, "plain", 1, 15.94, 30.15),
+    ("2b", HD, "reference", 1, 1.405, 11.24),
+    ("2b", HD, "fast", 1, 0.784, 30.4),
+    ("2b", HD, "small", 1, 0.855, 2.74),
+    ("1.5-5b-i2v", LARGE, "plain", 1, 15.94, 30.15),  # benchmarks/records/2026-11-22-h200.md
 ]
 
 
@@ -60,15 +64,16 @@ def real(family: Family, dtype: torch.dtype) -> tuple[Any, Variant]:
 def test_predictions_are_what_was_measured(
     family: Family, bucket: str, recipe: str, batch: int, seconds: float, gib: float
 ) -> None:
+    """Within 10%, which is the aim, on every row."""
     reference = recipe == "reference"
     transformer, variant = real(family, torch.float32 if reference else torch.bfloat16)
     shape, measures = parse_bucket(bucket), next((m for name, m in TIERS.items() if name == recipe), None)
     load = workload_of(transformer, variant, [shape], batch, torch.bfloat16)
-    assert estimate(load, measures).device / GIB == pytest.approx(gib, rel=0.05)
+    assert estimate(load, measures).device / GIB == pytest.approx(gib, rel=0.1)
     rates = CARDS[0].rates
     flops = step_flops(transformer, variant, shape, batch, measures)
     found = microbatch_seconds(load, flops, measures, rates) + update_seconds(load, measures, rates)
-    assert found == pytest.approx(seconds, rel=0.05)
+    assert found == pytest.approx(seconds, rel=0.1)
 
 
 def with_lora(root: Path, **changes: Any) -> Any:
@@ -143,7 +148,7 @@ def test_the_peak_is_that_of_the_fullest_moment(tiny_models: Models) -> None:
 def test_without_checkpointing_everything_is_kept(tiny_models: Models) -> None:
     _, load = workload(tiny_models)
     assert estimate(load, None, checkpointing=False).device > estimate(load, TIERS["fast"]).device
-    assert estimate(load, TIERS["fast"]).device_parts["activations"] > 42 * load.unit
+    assert estimate(load, TIERS["fast"]).device_parts["activations"] > 13 * load.layers * load.unit
 
 
 def test_page_locked_memory_comes_in_powers_of_two() -> None:

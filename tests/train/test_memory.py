@@ -9,7 +9,6 @@ text's gradient; the optimizer's step count not kept. What streams and events do
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,8 @@ from cogcache.geometry import Size
 from cogcache.tiny import Family
 from cogcache.train import train
 from cogcache.train.memory.blocks import BlockRunner, install
-from cogcache.train.memory.choose import choose_measures
-from cogcache.train.memory.estimate import Need, estimate
 from cogcache.train.memory.host import CopyStreams, HostPool
 from cogcache.train.memory.measures import TIERS, Measures
-from cogcache.train.memory.workload import Workload
 from cogcache.train.model import add_lora, load_scheduler, load_transformer, trainable
 from cogcache.train.objective import loss_per_sample, padded_frames
 from cogcache.variants import read_variant
@@ -217,42 +213,6 @@ def test_the_pool_reuses_buffers_and_keeps_odd_layouts() -> None:
     for _ in range(3):
         pool.get(pool.put(base))
     assert pool.bytes == taken + base.nbytes
-
-
-GIB = 2**30
-BIG = Workload(
-    layers=42, blocks=10 * GIB, others=GIB // 8, trained=GIB // 2, unit=GIB // 10, logsumexp=GIB // 300
-)
-PLENTY = 256 * GIB
-
-
-def tier_for(config: TrainConfig, device: float, host: float = PLENTY) -> str:
-    return choose_measures(config, BIG, Need(int(device * GIB), int(host)))[0]
-
-
-def test_auto_takes_the_fastest_that_fits(settings: Settings) -> None:
-    config = settings(gradient_checkpointing=None)
-    assert [tier_for(config, gib) for gib in (140, 40, 12, 4.5)] == ["fast", "balanced", "small", "tiny"]
-    needs = [estimate(BIG, measures).device for measures in TIERS.values()]
-    assert needs == sorted(needs, reverse=True)
-
-
-def test_auto_refuses_with_what_each_would_need(settings: Settings) -> None:
-    config = settings(gradient_checkpointing=None)
-    with pytest.raises(ConfigError, match="no memory tier fits") as caught:
-        tier_for(config, 2)
-    assert all(tier in caught.value.message for tier in TIERS)
-    with pytest.raises(ConfigError, match="host memory"):
-        tier_for(config, 12, host=4 * GIB)  # the GPU has room for 'small', the host has not
-    assert tier_for(settings(memory="small", gradient_checkpointing=None), 1) == "small"
-
-
-def test_single_flags_change_a_tier(settings: Settings) -> None:
-    config = settings(
-        memory="small", gradient_checkpointing=None, keep_attention="no", base_weights="device", compile=False
-    )
-    _, measures, _ = choose_measures(config, BIG, Need(PLENTY, PLENTY))
-    assert measures == replace(TIERS["small"], attention=None, weights="device", compile=False)
 
 
 @pytest.mark.parametrize(

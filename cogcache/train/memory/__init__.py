@@ -1,11 +1,9 @@
 """Memory measures of training: the same gradients in less memory or less time.
 
-:mod:`~cogcache.train.memory.measures` names them and the tiers, :mod:`~cogcache.train.memory.choose` decides,
-:mod:`~cogcache.train.memory.blocks` runs the blocks under them.
+:mod:`~cogcache.train.memory.measures` names them and the tiers, :mod:`~cogcache.train.memory.forecast` expects what
+they take, :mod:`~cogcache.train.memory.choose` decides, :mod:`~cogcache.train.memory.blocks` runs the blocks.
 """
 
 from __future__ import annotations
 
-from cogcache.train.memory.place import place_blocks
-
-__all__ = ["place_blocks"]
+__all__: list[str] = []

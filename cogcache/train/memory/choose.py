@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -10,17 +10,12 @@ import torch
 
 from cogcache.config import TrainConfig
 from cogcache.errors import ConfigError
-from cogcache.train.memory.estimate import Estimate, Need, estimate
+from cogcache.train.memory.estimate import Need
+from cogcache.train.memory.forecast import Forecast, shortfall
 from cogcache.train.memory.measures import TIERS, Measures, Tier
-from cogcache.train.memory.workload import Workload
+from cogcache.train.memory.table import tier_table
 
-__all__ = ["Choice", "choose_measures", "free_memory", "uses_stock_blocks"]
-
-Choice = tuple[str, Measures, Estimate]
-"""Name of the tier, its measures with the single flags applied, and what they should need."""
-
-_DEVICE_SHARE, _HOST_SHARE = 0.94, 0.85
-"""What of the free memory ``auto`` plans with: the allocator's gaps and other programs need the rest."""
+__all__ = ["candidates", "choose", "free_memory", "uses_stock_blocks"]
 
 
 def uses_stock_blocks(config: TrainConfig, device: torch.device, *, deepspeed: bool) -> bool:
@@ -57,43 +52,32 @@ def _unknown(config: TrainConfig, deepspeed: bool) -> str:
     return "DeepSpeed" if deepspeed else ""
 
 
-def choose_measures(
-    config: TrainConfig, load: Workload, free: Need, say: Callable[[str], None] = lambda _: None
-) -> Choice:
-    """The measures to train with.
+def candidates(config: TrainConfig) -> list[tuple[str, Measures]]:
+    """The tiers to choose from, with the single flags applied: for ``auto`` all, the fastest first."""
+    tiers = get_args(Tier) if config.memory == "auto" else (config.memory,)
+    return [(tier, _with_flags(TIERS[tier], config)) for tier in tiers]
+
+
+def choose(forecasts: Sequence[Forecast], free: Need) -> Forecast:
+    """The first that fits; if there is but one, that one.
 
     Args:
         free: Bytes that are free on the device and on the host.
-        say: Told which tier ``auto`` took, and why.
 
     Raises:
-        ConfigError: if ``auto`` finds no tier that fits; lists what each would need.
+        ConfigError: if none fits, with a table of what each would need.
     """
-    tiers = get_args(Tier) if config.memory == "auto" else (config.memory,)
-    choices = []
-    for tier in tiers:
-        measures = _with_flags(TIERS[tier], config)
-        choices.append((tier, measures, estimate(load, measures)))
-    if config.memory != "auto":
-        return choices[0]
-    for choice in choices:
-        if _fits(choice[2], free):
-            say(
-                f"Memory: tier {choice[0]}, about {choice[2].device / 2**30:.1f} of {_gib(free.device)} free."
-            )
-            return choice
-    rows = ", ".join(
-        f"{tier} {_gib(need.device)} and {_gib(need.host)} of host memory" for tier, _, need in choices
-    )
+    if len(forecasts) == 1:
+        return forecasts[0]
+    for forecast in forecasts:
+        if not shortfall(forecast.memory, free):
+            return forecast
     raise ConfigError(
-        f"no memory tier fits into {_gib(free.device)} of GPU memory and {_gib(free.host)} of host memory "
-        f"that are free. Needed: {rows}.",
-        "Use fewer frames, a smaller size or a lower --rank; or give the tier by --memory to try all the same.",
+        f"no memory tier fits into {_gib(free.device)} of GPU memory and {_gib(free.host)} of host memory that are "
+        f"free.\n\n{tier_table(forecasts, free)}\n",
+        "Use fewer frames, a smaller size, --batch-size or --rank ('cogcache plan' tells what they take); or give the "
+        "tier by --memory to try all the same.",
     )
-
-
-def _fits(need: Estimate, free: Need) -> bool:
-    return need.device <= _DEVICE_SHARE * free.device and need.host <= _HOST_SHARE * free.host
 
 
 def _gib(size: int) -> str:

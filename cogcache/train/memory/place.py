@@ -1,45 +1,100 @@
-"""Puts the transformer where the settings say, before training."""
+"""Decides how the transformer's blocks run, before it is loaded, and puts it there."""
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from cogcache.config import TrainConfig
 from cogcache.progress import say
 from cogcache.train.data import Samples
 from cogcache.train.memory.blocks import install
-from cogcache.train.memory.choose import choose_measures, free_memory, uses_stock_blocks
+from cogcache.train.memory.choose import candidates, choose, free_memory, uses_stock_blocks
+from cogcache.train.memory.estimate import Need
+from cogcache.train.memory.forecast import Forecast, Job, shortfall, unloaded_transformer
+from cogcache.train.memory.gpus import find_card, measured_rates
 from cogcache.train.memory.measures import Measures
-from cogcache.train.memory.workload import workload_of
+from cogcache.variants import read_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["place_blocks"]
+__all__ = ["Placement", "place_blocks", "plan_blocks"]
 
 
-def place_blocks(
-    config: TrainConfig, accelerator: Accelerator, transformer: Any, samples: Samples
-) -> Measures | None:
-    """Put a transformer, which holds what is trained, on the device under the measures that the settings ask for.
+@dataclass(frozen=True)
+class Placement:
+    """How the blocks will run.
 
-    Returns:
-        The measures; None where the blocks stay diffusers' own.
+    Attributes:
+        measures: None where they stay diffusers' own.
+        forecast: What a step should take; None where there is no GPU.
+    """
+
+    measures: Measures | None
+    forecast: Forecast | None = None
+
+
+def plan_blocks(
+    config: TrainConfig, accelerator: Accelerator, root: Path, samples: Samples, dtype: torch.dtype
+) -> Placement:
+    """Decide before anything is loaded. On a GPU this takes as long as importing diffusers.
+
+    Args:
+        root: The checkpoint's folder, of which the transformer's config is read.
+        dtype: What the base computes in.
 
     Raises:
         ConfigError: if the settings do not go together, or nothing fits the free memory.
     """
     from accelerate import DistributedType
 
+    device = accelerator.device
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if uses_stock_blocks(config, accelerator.device, deepspeed=deepspeed):
-        if config.gradient_checkpointing is not False:
-            transformer.enable_gradient_checkpointing()  # the non-reentrant kind
-        transformer.to(accelerator.device)
-        return None
-    buckets = sorted({record.bucket for record in samples.records})
-    load = workload_of(transformer, samples.variant, buckets, config.batch_size)
-    told = say if accelerator.is_main_process else lambda _: None
-    _, measures, _ = choose_measures(config, load, free_memory(accelerator.device), told)
-    install(transformer, measures, accelerator.device)
-    return measures
+    stock = uses_stock_blocks(config, device, deepspeed=deepspeed)
+    tiers: list[tuple[str, Measures | None]] = [("plain", None)] if stock else [*candidates(config)]
+    if device.type != "cuda" or deepspeed:
+        return Placement(tiers[0][1])
+    transformer = unloaded_transformer(read_config(root, "transformer/config.json"), config, dtype)
+    clips = Counter(record.bucket for record in samples.records)
+    job = Job(transformer, samples.variant, clips, config, dtype, accelerator.num_processes)
+    card = find_card(torch.cuda.get_device_name(device))
+    rates = card.rates if card else measured_rates(device)
+    free = free_memory(device)
+    forecast = choose([job.forecast(tier, measures, rates) for tier, measures in tiers], free)
+    if accelerator.is_main_process:
+        _tell(forecast, free)
+    return Placement(forecast.measures, forecast)
+
+
+def _tell(forecast: Forecast, free: Need) -> None:
+    memory = forecast.memory
+    host = f" and {memory.host / 2**30:.1f} GiB of host memory" if memory.host else ""
+    pace = f", {forecast.mean_s:.2f} s a step" if forecast.mean_s else ""
+    say(
+        f"Memory: tier {forecast.tier}, about {memory.device / 2**30:.1f} of {free.device / 2**30:.1f} GiB free"
+        f"{host}{pace}."
+    )
+    if missing := shortfall(memory, free):
+        say(f"NOTICE: that may not fit: it needs {missing}.")
+
+
+def place_blocks(
+    placement: Placement, config: TrainConfig, transformer: Any, device: torch.device
+) -> Measures | None:
+    """Put a transformer, which holds what is trained, on ``device``, and let its blocks run as decided.
+
+    Returns:
+        The measures; None where the blocks stay diffusers' own.
+    """
+    if placement.measures is not None:
+        install(transformer, placement.measures, device)
+        return placement.measures
+    if config.gradient_checkpointing is not False:
+        transformer.enable_gradient_checkpointing()  # the non-reentrant kind
+    transformer.to(device)
+    return None

@@ -30,17 +30,17 @@ class StreamedWeights:
         self.streams = streams
         self._parameters = [[p for p in block.parameters() if not p.requires_grad] for block in blocks]
         self._places, size = _layout(self._parameters[0])
-        self._host = [
-            _gather(parameters, self._places, host_memory(size, streams.device))
-            for parameters in self._parameters
-        ]
+        self._host: list[Tensor] = []
+        for index, parameters in enumerate(self._parameters):
+            self._host.append(_gather(parameters, self._places, host_memory(size, streams.device)))
+            self._point(
+                index, self._host[index]
+            )  # block by block, so that no weight is twice on the host for long
         self._slots = [torch.empty(size, dtype=torch.uint8, device=streams.device) for _ in range(_SLOTS)]
         self._holds: list[int | None] = [None] * _SLOTS
         self._loaded: list[Any] = [None] * _SLOTS
         self._unused: list[Any] = [None] * _SLOTS
         self.bytes = size * len(blocks)
-        for index in range(len(blocks)):
-            self._point(index, self._host[index])
 
     def enter(self, index: int, following: int) -> None:
         """Let block ``index`` use its weights on the device, and start on those of the block that follows."""

@@ -1,0 +1,169 @@
+"""What a run's steps will take in each memory tier: known before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cogcache.config import TrainConfig
+from cogcache.geometry import Bucket
+from cogcache.train.adapter import peft_config
+from cogcache.train.flops import StepFlops, step_flops
+from cogcache.train.memory.estimate import Estimate, Need, estimate
+from cogcache.train.memory.measures import Measures
+from cogcache.train.memory.speed import Rates, microbatch_seconds, update_seconds
+from cogcache.train.memory.workload import workload_of
+from cogcache.variants import Variant
+
+__all__ = ["Forecast", "Job", "shortfall", "unloaded_transformer"]
+
+_DEVICE_SHARE, _HOST_SHARE = 0.94, 0.85
+"""What of the free memory is planned with: the allocator's gaps and other programs need the rest."""
+
+
+def unloaded_transformer(facts: Mapping[str, Any], config: TrainConfig, dtype: torch.dtype) -> Any:
+    """The transformer that a run would train, on the meta device: shapes alone.
+
+    Args:
+        facts: ``transformer/config.json`` of the checkpoint.
+        dtype: What the base is held in; all that is trained is float32 in the end.
+
+    Raises:
+        ConfigError: naming the target modules that match no layer.
+    """
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
+
+    full = config.training_type == "full"
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer3DModel.from_config(dict(facts)).requires_grad_(full)
+        for tensor in transformer.state_dict(
+            keep_vars=True
+        ).values():  # computed positions stay as they are made
+            tensor.data = tensor.data.to(torch.float32 if full else dtype)
+        if not full:
+            transformer.add_adapter(peft_config(transformer, config))
+    if config.gradient_checkpointing is not False:
+        transformer.enable_gradient_checkpointing()
+    return transformer.train()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One tier's steps. Memory and operations are those of the largest bucket.
+
+    Attributes:
+        measures: None for diffusers' own blocks.
+        flops: Of one microbatch.
+        seconds: A step of each bucket; empty where no rates are known.
+        typical_s: A step of the bucket that most clips are in, or of one in the middle.
+        mean_s: A step, on the mean over all clips.
+    """
+
+    tier: str
+    measures: Measures | None
+    memory: Estimate
+    flops: StepFlops
+    seconds: Mapping[Bucket, float]
+    typical_s: float | None
+    mean_s: float | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides the memory and the time of a run's steps, but for the tier.
+
+    Attributes:
+        transformer: Holds what is trained; shapes alone are looked at.
+        clips: How many are in each bucket.
+        compute: The dtype of tokens.
+        processes: Among which a step's samples are dealt; each has a GPU of its own.
+    """
+
+    transformer: Any
+    variant: Variant
+    clips: Mapping[Bucket, int]
+    config: TrainConfig
+    compute: torch.dtype
+    processes: int = 1
+
+    def forecast(self, tier: str, measures: Measures | None, rates: Rates | None = None) -> Forecast:
+        """What ``tier`` takes.
+
+        Args:
+            measures: Those of the tier; None for diffusers' own blocks.
+            rates: Of the GPU; without, and in float32, no time is told.
+        """
+        checkpointing = bool(self.transformer.gradient_checkpointing)
+        accumulates = self.config.grad_accum > 1 or self.processes > 1
+        memory = estimate(
+            workload_of(
+                self.transformer, self.variant, list(self.clips), self.config.batch_size, self.compute
+            ),
+            measures,
+            checkpointing=checkpointing,
+            gradients_stay=accumulates,
+        )
+        seconds = {}
+        if rates is not None and self.compute != torch.float32:
+            seconds = {bucket: self._step_seconds(bucket, measures, rates) for bucket in sorted(self.clips)}
+        return Forecast(
+            tier,
+            measures,
+            memory,
+            self._flops(self.largest, measures),
+            seconds,
+            _middle(seconds, self.clips) if seconds else None,
+            _mean(seconds, self.clips) if seconds else None,
+        )
+
+    @property
+    def largest(self) -> Bucket:
+        """The bucket with the most tokens."""
+        return max(self.clips, key=lambda bucket: self.variant.video_tokens(bucket.frames, bucket.size))
+
+    def _flops(self, bucket: Bucket, measures: Measures | None) -> StepFlops:
+        return step_flops(self.transformer, self.variant, bucket, self.config.batch_size, measures)
+
+    def _step_seconds(self, bucket: Bucket, measures: Measures | None, rates: Rates) -> float:
+        load = workload_of(self.transformer, self.variant, [bucket], self.config.batch_size, self.compute)
+        micro = microbatch_seconds(
+            load,
+            self._flops(bucket, measures),
+            measures,
+            rates,
+            checkpointing=bool(self.transformer.gradient_checkpointing),
+        )
+        return self.config.grad_accum * micro + update_seconds(load, measures, rates)
+
+
+def _middle(seconds: Mapping[Bucket, float], clips: Mapping[Bucket, int]) -> float:
+    """The median over all clips."""
+    seen, half = 0, sum(clips.values()) / 2
+    for bucket in sorted(seconds, key=lambda bucket: seconds[bucket]):
+        seen += clips[bucket]
+        if seen >= half:
+            return seconds[bucket]
+    raise AssertionError("no clips")
+
+
+def _mean(seconds: Mapping[Bucket, float], clips: Mapping[Bucket, int]) -> float:
+    return sum(seconds[bucket] * count for bucket, count in clips.items()) / sum(clips.values())
+
+
+def shortfall(memory: Estimate, free: Need) -> str:
+    """What is missing of the free memory, in words; empty if it fits."""
+    host = max(memory.host, memory.loading)
+    missing = []
+    if memory.device > _DEVICE_SHARE * free.device:
+        usable = _gib(_DEVICE_SHARE * free.device)
+        missing.append(f"{_gib(memory.device)} GiB of GPU memory where {usable} may be used")
+    if host > _HOST_SHARE * free.host:
+        missing.append(f"{_gib(host)} GiB of host memory where {_gib(_HOST_SHARE * free.host)} may be used")
+    return " and ".join(missing)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"
