@@ -83,7 +83,7 @@ def save_checkpoint(
 
     Args:
         save_weights: Writes the trained weights into the folder it is given, durably.
-        optimizer: Tensors on the CPU.
+        optimizer: Its tensors; nobody may change them meanwhile.
 
     Raises:
         StorageError: if the disk is full or cannot be written. The folder then does not exist.

@@ -68,7 +68,9 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizer state as :func:`cogcache.train.optimizer.optimizer_state` names it, whole, on the CPU.
+        """Optimizer state as :func:`cogcache.train.optimizer.optimizer_state` names it, whole.
+
+        The next step changes it.
 
         All processes must call it; only the main process gets the tensors.
         """

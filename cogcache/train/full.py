@@ -8,6 +8,7 @@ transformer's forward alone: noising, positions and the loss stay float32.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,13 @@ def load_full_state(transformer: nn.Module, state: dict[str, Tensor]) -> None:
     transformer.load_state_dict(state)
 
 
-def write_finetuned(root: Path, transformer: nn.Module, dtype: torch.dtype, provenance: Provenance) -> Path:
+def write_finetuned(
+    root: Path,
+    transformer: nn.Module,
+    dtype: torch.dtype,
+    provenance: Provenance,
+    state: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write ``root/transformer`` in diffusers layout, and beside it where it comes from.
 
     Durable; the folder is complete or not there, and one that is there is replaced. Equal weights give equal
@@ -61,6 +68,7 @@ def write_finetuned(root: Path, transformer: nn.Module, dtype: torch.dtype, prov
 
     Args:
         dtype: What floating tensors are stored in.
+        state: Its weights as :func:`full_state` gives them; default: those it has.
 
     Returns:
         The folder ``root/transformer``.
@@ -72,7 +80,7 @@ def write_finetuned(root: Path, transformer: nn.Module, dtype: torch.dtype, prov
     draft = root / f"{TRANSFORMER_FOLDER}.tmp"
     remove_tree(draft)
     make_folder(draft)
-    _write_transformer(draft, transformer, dtype)
+    _write_transformer(draft, transformer, dtype, full_state(transformer) if state is None else state)
     record = {"training_type": "full", **provenance.model_dump(mode="json")}
     write_atomic(root / RECORD_FILE, _json(record))
     remove_tree(folder)
@@ -80,12 +88,13 @@ def write_finetuned(root: Path, transformer: nn.Module, dtype: torch.dtype, prov
     return folder
 
 
-def _write_transformer(folder: Path, transformer: nn.Module, dtype: torch.dtype) -> None:
+def _write_transformer(
+    folder: Path, transformer: nn.Module, dtype: torch.dtype, state: Mapping[str, Tensor]
+) -> None:
     bare: Any = transformer
     config = json.loads(bare.to_json_string())
     config.pop("_name_or_path", None)  # where the base lay is in the record, if it matters
     write_file(folder / "config.json", _json(config))
-    state = full_state(transformer)
     places = save_shards(folder, _STEM, state, dtype)
     if len(set(places.values())) > 1:
         total = sum(tensor.numel() for tensor in state.values()) * dtype.itemsize

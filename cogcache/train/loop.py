@@ -8,7 +8,7 @@ so the gradient does not depend on how the set was dealt.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from cogcache.draws import seed_for
 from cogcache.errors import CogcacheError, NonFiniteError, StoppedError
 from cogcache.geometry import Bucket
 from cogcache.progress import say
-from cogcache.train.checkpoints import Checkpoint, TrainerState, prune_checkpoints, save_checkpoint
+from cogcache.train.checkpoints import Checkpoint, TrainerState
 from cogcache.train.clock import StepClock, StepTimes
 from cogcache.train.data import Batch, Micro, Samples, StepPlan, read_ahead, step_plans
 from cogcache.train.engine import open_engine
@@ -32,6 +32,7 @@ from cogcache.train.memory.measures import Measures
 from cogcache.train.model import trainable
 from cogcache.train.objective import loss_per_sample
 from cogcache.train.report import NoReport, Report, StepResult
+from cogcache.train.saver import Draft, Saver
 from cogcache.train.schedule import learning_rate
 from cogcache.train.signals import StopRequest
 from cogcache.train.tuning import Tuning
@@ -106,6 +107,14 @@ class Trainer:
         self.done = 0
         self._launched: LaunchedStep | None = None
         self._loss: float | None = None
+        self._draft: Draft | None = None
+        self.saver = Saver(
+            output,
+            config.keep_checkpoints,
+            self.device,
+            self._write_weights,
+            writes=accelerator.is_main_process,
+        )
         self._report = NoReport()
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -129,6 +138,7 @@ class Trainer:
         """
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
+            stack.enter_context(self.saver)
             self._report = stack.enter_context(self._open_report())
             uploads = Uploads(stack.enter_context(closing(self._batches())), self.device)
             if self.validator.missing(self.done):
@@ -141,6 +151,7 @@ class Trainer:
 
     def _go_on(self, plan: StepPlan, uploads: Uploads, stop: StopRequest) -> None:
         """Give the device one more step, then look after the one before."""
+        self.saver.check()
         try:
             launched = self._launch(plan, uploads, stop)
         except CogcacheError:
@@ -148,15 +159,16 @@ class Trainer:
             raise
         asked = self._finish_last()
         self.done, self._launched = plan.number, launched
-        if self.engine.waits or self._checkpoint_due() or self.validator.due(self.done):
+        if self._checkpoint_due():
+            self._draft = self._take()
+        waits = self.engine.waits or (self._draft is not None and self._draft.live)
+        if waits or self.validator.due(self.done):
             asked = asked or self._finish_last()
         if self.accelerator.num_processes == 1:
             asked = stop.number  # else all must hear of it at the same step
         if asked:
             self._finish_last()
-        if asked or self._checkpoint_due():
             self.save()
-        if asked:
             raise self._stopped(asked)
         if self.validator.due(self.done):
             self._validate(stop)
@@ -170,6 +182,9 @@ class Trainer:
         self._refuse_non_finite(step.plan, result)
         self._loss = result.loss
         self._report.step(step.plan, result)
+        draft, self._draft = self._draft, None
+        if draft is not None:  # of this very step, whose numbers are known to be numbers now
+            self.saver.start(draft)
         return result.stop
 
     def _validate(self, stop: StopRequest) -> None:
@@ -195,6 +210,7 @@ class Trainer:
                 self.clock.lap("backward")
         lr = learning_rate(self.config, plan.number - 1)
         rows = self._exchange(torch.cat(losses), stop)
+        self.saver.protect()
         update = self.engine.step(lr, ~rows.isfinite().all())
         self.clock.lap("optimizer")  # before the numbers leave, so that it has passed when they are read
         numbers = LateNumbers(torch.cat([rows.flatten(), update.norm.view(1), update.halted.view(1)]))
@@ -260,16 +276,21 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Save a checkpoint of the steps done, then delete the oldest beyond the limit."""
-        tensors = self.engine.state()  # by all processes, which may hold a part each
-        if self.accelerator.is_main_process:
-            state = TrainerState(self.done, self.run_record, self.engine.scaler_state())
-            save_checkpoint(self.output, state, self._write_weights, tensors)
-            prune_checkpoints(self.output, self.config.keep_checkpoints)
+        """Save a checkpoint of the steps done, unless that is done or being done; returns when it is on disk."""
+        if self.saver.step != self.done:
+            self.saver.start(self._take())
+        self.saver.wait()
         self.accelerator.wait_for_everyone()
 
-    def _write_weights(self, folder: Path) -> None:
-        self.tuning.write_checkpoint(folder, self.transformer)
+    def _take(self) -> Draft:
+        """What a checkpoint of the steps launched holds."""
+        tensors = self.engine.state()  # by all processes, which may hold a part each
+        weights = self.tuning.state(self.transformer) if self.accelerator.is_main_process else {}
+        state = TrainerState(self.done, self.run_record, self.engine.scaler_state())
+        return self.saver.take(state, weights, tensors)
+
+    def _write_weights(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        self.tuning.write_checkpoint(folder, self.transformer, weights)
 
     def _checkpoint_due(self) -> bool:
         every = self.config.checkpoint_every

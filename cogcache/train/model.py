@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,11 @@ def trainable(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lora_state(transformer: nn.Module) -> dict[str, Tensor]:
-    """The LoRA's tensors on the CPU, by the names PEFT saves (``....to_q.lora_A.weight``)."""
+    """The LoRA's tensors on their device, not copied, by the names PEFT saves (``....to_q.lora_A.weight``)."""
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(transformer)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def load_lora_state(transformer: nn.Module, state: dict[str, Tensor]) -> None:
@@ -136,8 +137,15 @@ def load_lora_state(transformer: nn.Module, state: dict[str, Tensor]) -> None:
     set_peft_model_state_dict(transformer, state)
 
 
-def write_lora(path: Path, transformer: nn.Module, provenance: Provenance) -> Path:
-    """Write the LoRA of ``transformer``, durable and complete or not at all; equal weights give equal bytes."""
+def write_lora(
+    path: Path, transformer: nn.Module, provenance: Provenance, state: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Write the LoRA of ``transformer``, durable and complete or not at all; equal weights give equal bytes.
+
+    Args:
+        state: Its tensors as :func:`lora_state` gives them; default: those it has.
+    """
     adapter: Any = transformer
     config = adapter.peft_config["default"].to_dict()
-    return save_lora(path, lora_state(transformer), lora_config=config, provenance=provenance)
+    tensors = lora_state(transformer) if state is None else state
+    return save_lora(path, tensors, lora_config=config, provenance=provenance)

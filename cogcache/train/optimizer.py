@@ -65,11 +65,11 @@ def update_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Every state tensor as ``<parameter>.<name>`` (``exp_avg``, ``exp_avg_sq``, ``step``), on the CPU."""
+    """Every state tensor as ``<parameter>.<name>`` (``exp_avg``, ``exp_avg_sq``, ``step``), where it is, not copied."""
     if isinstance(optimizer, HostAdamW):
         optimizer.settle()
     return {
-        f"{name}.{key}": value.detach().cpu().contiguous()
+        f"{name}.{key}": value.detach()
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }

@@ -19,6 +19,7 @@ The compute dtype is ``--dtype``, by default that of the base's weights. In floa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -28,8 +29,8 @@ from torch import Tensor, nn
 from cogcache.config import TrainConfig
 from cogcache.finetuned import TRANSFORMER_FOLDER
 from cogcache.lora import LORA_FILE_NAME, Provenance
-from cogcache.train.full import load_full_state, train_everything, write_finetuned
-from cogcache.train.model import add_lora, load_lora_state, write_lora
+from cogcache.train.full import full_state, load_full_state, train_everything, write_finetuned
+from cogcache.train.model import add_lora, load_lora_state, lora_state, write_lora
 
 __all__ = ["FullTuning", "LoraTuning", "Tuning", "tuning_for"]
 
@@ -55,8 +56,12 @@ class Tuning(Protocol):
         """
         ...
 
-    def write_checkpoint(self, folder: Path, transformer: nn.Module) -> None:
-        """Write the weights, exactly, into a checkpoint's folder that is not yet under its name."""
+    def state(self, transformer: nn.Module) -> dict[str, Tensor]:
+        """What is trained, on its device and not copied."""
+        ...
+
+    def write_checkpoint(self, folder: Path, transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Write ``state``, exactly, into a checkpoint's folder that is not yet under its name."""
         ...
 
     def write_result(self, output: Path, transformer: nn.Module) -> None:
@@ -80,9 +85,13 @@ class LoraTuning:
         """See :class:`Tuning`."""
         load_lora_state(transformer, weights)
 
-    def write_checkpoint(self, folder: Path, transformer: nn.Module) -> None:
+    def state(self, transformer: nn.Module) -> dict[str, Tensor]:
         """See :class:`Tuning`."""
-        self.write_result(folder, transformer)
+        return lora_state(transformer)
+
+    def write_checkpoint(self, folder: Path, transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """See :class:`Tuning`."""
+        write_lora(folder / LORA_FILE_NAME, transformer, self.provenance, state)
 
     def write_result(self, output: Path, transformer: nn.Module) -> None:
         """See :class:`Tuning`."""
@@ -106,9 +115,13 @@ class FullTuning:
         """See :class:`Tuning`."""
         load_full_state(transformer, weights)
 
-    def write_checkpoint(self, folder: Path, transformer: nn.Module) -> None:
+    def state(self, transformer: nn.Module) -> dict[str, Tensor]:
         """See :class:`Tuning`."""
-        write_finetuned(folder, transformer, torch.float32, self.provenance)
+        return full_state(transformer)
+
+    def write_checkpoint(self, folder: Path, transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """See :class:`Tuning`."""
+        write_finetuned(folder, transformer, torch.float32, self.provenance, state)
 
     def write_result(self, output: Path, transformer: nn.Module) -> None:
         """See :class:`Tuning`."""
