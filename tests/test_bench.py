@@ -127,7 +127,8 @@ def test_encoding_is_measured_beside_the_reference(tmp_path: Path, monkeypatch: 
     for row in found["clips"]:
         assert row["clips_per_s"] == pytest.approx(row["clips"] / row["seconds"])
         assert row["ratio"] == pytest.approx(row["clips_per_s"] / found["clips"][0]["clips_per_s"])
-    assert [row["captions"] for row in found["text"]] == [5, 5]
+    assert [row["captions"] for row in found["text"]] == [5, 5, 5]
+    assert "streamed" in found["text"][2]["recipe"]
     errors = {row["encoder"]: row["error"] for row in found["accuracy"]}
     assert 0 < errors["ours float16"] < errors["ours bfloat16"] < 0.1
     assert errors["ours bfloat16"] == pytest.approx(errors["diffusers bfloat16"], rel=0.2)

@@ -11,7 +11,7 @@ events around the work on each clip, as a share of the same seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,13 +137,16 @@ def _config(job: Job, shards: Path, *, tiled: bool) -> EncodeConfig:
     )
 
 
-def text_rows(text: FrozenText, device: torch.device, captions: int, batch: int) -> Iterator[TextRow]:
-    """Captions one at a time, then in batches."""
+def text_rows(
+    text: FrozenText, device: torch.device, captions: int, sizes: Mapping[str, int]
+) -> Iterator[TextRow]:
+    """Captions in batches of each of ``sizes``, by the name of the row; no more than 64 one at a time."""
     texts = [
         f"A camera glides over hills and rivers, picture {number}, in warm light."
         for number in range(captions)
     ]
-    for name, size, count in (("one by one", 1, min(captions, 64)), (f"batches of {batch}", batch, captions)):
+    for name, size in sizes.items():
+        count = min(captions, 64) if size == 1 else captions
         text.encode(texts[:size])
         _reset_peak(device)
         started = time.perf_counter()
@@ -155,7 +158,8 @@ def text_rows(text: FrozenText, device: torch.device, captions: int, batch: int)
 def accuracy(job: Job, path: Path) -> Iterator[Accuracy]:
     """Each way of encoding one clip, beside diffusers in float32."""
     frames = read_in_line(path, job.bucket, job.fps)[None]
-    exact = _stock_mean(job, frames, torch.float32, tiled=False)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        exact = _stock_mean(job, frames, torch.float32, tiled=False)
     for name, tiled in (("diffusers bfloat16", False), ("diffusers bfloat16, tiled", True)):
         yield Accuracy(name, _error(_stock_mean(job, frames, torch.bfloat16, tiled=tiled), exact))
     for dtype, tiled in (("bfloat16", False), ("float16", False), ("bfloat16", True)):

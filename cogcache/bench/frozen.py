@@ -54,8 +54,10 @@ def model_folder(root: Path) -> Path:
     return root
 
 
-def real_text(root: Path, dtype: str, length: int, device: torch.device) -> FrozenText:
-    """A T5 encoder of real size on ``device``, with the tokenizer of the checkpoint in ``root``."""
+def real_text(
+    root: Path, dtype: str, length: int, device: torch.device, *, offloaded: bool = False
+) -> FrozenText:
+    """A T5 encoder of real size for ``device``, with the tokenizer of the checkpoint in ``root``."""
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
     tiny = json.loads((root / "text_encoder" / "config.json").read_text("utf-8"))
@@ -67,4 +69,5 @@ def real_text(root: Path, dtype: str, length: int, device: torch.device) -> Froz
     finally:
         torch.set_default_dtype(before)
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
-    return FrozenText.around(model.eval().requires_grad_(False), tokenizer, length, device)
+    model.eval().requires_grad_(False)
+    return FrozenText.around(model, tokenizer, length, device, offloaded=offloaded)

@@ -63,11 +63,7 @@ def bench_encode(
             found["accuracy"] = list(_rows(accuracy(job, paths[0])))
             _tell(found["accuracy"])
         if "text" in wanted:
-            with _device_emptied():
-                text = frozen.real_text(root, "bfloat16", 226, job.device)
-                rows = text_rows(text, job.device, captions, text_batch_size)
-                found["text"] = list(_rows(rows))
-                del text
+            found["text"] = list(_text_rows(job, captions, text_batch_size))
             _tell(found["text"])
     write_figures(json_out, facts, found)
 
@@ -101,6 +97,18 @@ def _clip_rows(job: Job, paths: list[Path], wanted: Collection[str]) -> Iterator
         ratio = row.clips_per_s / reference if reference else None
         say(f"{name}: {row.clips_per_s:.2f} clips/s, GPU busy {row.gpu_busy:.0%}, {row.peak_gib:.2f} GiB")
         yield {**asdict(row), "ratio": ratio}
+
+
+def _text_rows(job: Job, captions: int, batch: int) -> Iterator[dict[str, Any]]:
+    """The encoder on the device, then the same one with its weights on the host."""
+    sizes = {"one by one": 1, f"batches of {batch}": batch}
+    for offloaded in (False, True):
+        with _device_emptied():
+            text = frozen.real_text(job.root, "bfloat16", 226, job.device, offloaded=offloaded)
+            if offloaded:
+                sizes = {f"batches of {batch}, weights streamed": batch}
+            yield from _rows(text_rows(text, job.device, captions, sizes))
+            del text
 
 
 def _rows(rows: Iterator[Any]) -> Iterator[dict[str, Any]]:

@@ -111,7 +111,15 @@ class EncodeConfig(CommandConfig):
         "does not fit the free GPU memory.",
         panel=_ENCODER,
     )
-    text_batch_size: int = setting(8, "Captions encoded at once.", panel=_ENCODER, ge=1)
+    text_batch_size: int | None = setting(
+        None, "Captions encoded at once. Default: 32 on a GPU, 8 on a CPU.", panel=_ENCODER, ge=1
+    )
+    text_offload: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Keep the weights of the T5 encoder in host memory and stream them through the GPU, block by block: the same "
+        "values in a quarter of the GPU memory. auto: only where they do not fit the free GPU memory.",
+        panel=_ENCODER,
+    )
     image_draws: int = setting(
         8,
         "Image-to-video models only: independently noised first frames kept for each clip. Training draws one a step. "

@@ -25,12 +25,13 @@ from cogcache.config_io import save_config
 from cogcache.cores import reading_threads
 from cogcache.errors import PartialFailureError
 from cogcache.location import Location, Url
+from cogcache.precompute.captions import encode_text
 from cogcache.precompute.clips import ClipWork, plan_clips, text_key
 from cogcache.precompute.datasets import find_clips
 from cogcache.precompute.dry_run import plan_run, tell_plan
 from cogcache.precompute.piece import Tally
 from cogcache.precompute.settings import EncodeSettings, decide, shards_folder
-from cogcache.precompute.stages import encode_pieces, encode_text
+from cogcache.precompute.stages import encode_pieces
 from cogcache.precompute.text import FrozenText
 from cogcache.precompute.vae import FrozenVae
 from cogcache.precompute.validation import ValidationPrompts, plan_validation
@@ -175,18 +176,21 @@ def _load_vae(settings: EncodeSettings) -> FrozenVae:
 def _text(writer: CacheWriter, work: Work, settings: EncodeSettings) -> None:
     try:
         load = partial(_load_text, settings, list(work.captions.values()))
-        tally = encode_text(writer, work.captions, load, settings.config.text_batch_size)
+        tally = encode_text(writer, work.captions, load, settings.text_batch_size)
         work.tallies[TEXT].add(tally)
     finally:
         _free_memory()
 
 
 def _load_text(settings: EncodeSettings, captions: Sequence[str]) -> FrozenText:
-    text = FrozenText(settings.model_root, settings.text_dtype, settings.variant.text_length, settings.device)
+    length = settings.variant.text_length
+    text = FrozenText(
+        settings.model_root, settings.text_dtype, length, settings.device, offloaded=settings.text_offloaded()
+    )
     cut = text.too_long(captions)
     if cut:
         say(
-            f"Note: captions longer than {settings.variant.text_length} tokens are cut there, as the pipelines do: "
+            f"Note: captions longer than {length} tokens are cut there, as the pipelines do: "
             f"{len(cut)} of {len(captions)}. The first: {cut[0][:60]!r}..."
         )
     return text

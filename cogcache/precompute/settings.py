@@ -28,11 +28,11 @@ from cogcache.cores import reading_threads
 from cogcache.errors import ConfigError
 from cogcache.geometry import Bucket, parse_bucket, parse_size
 from cogcache.location import Url
-from cogcache.models import Component, pick_device, resolve_model
+from cogcache.models import Component, pick_device, resolve_model, torch_dtype
 from cogcache.precompute.buckets import Placing, choose_buckets
 from cogcache.precompute.paths import ClipItem
 from cogcache.precompute.shapes import look_at
-from cogcache.precompute.text import text_fingerprint
+from cogcache.precompute.text import choose_batch_size, choose_offload, text_fingerprint
 from cogcache.precompute.vae import choose_tiling, vae_fingerprint
 from cogcache.progress import say
 from cogcache.variants import Variant, read_variant, weights_dtype
@@ -68,6 +68,19 @@ class EncodeSettings:
         return default if default in self.buckets else self.buckets[0]
 
     @property
+    def text_batch_size(self) -> int:
+        """Captions embedded at once."""
+        return choose_batch_size(self.config.text_batch_size, self.device)
+
+    def text_offloaded(self) -> bool:
+        """Whether the text encoder's weights stay on the host; ``auto`` asks for the GPU memory that is free now."""
+        folder = self.model_root / "text_encoder"
+        stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        wider = torch_dtype(self.text_dtype).itemsize / torch_dtype(weights_dtype(folder)).itemsize
+        tokens = self.text_batch_size * self.variant.text_length
+        return choose_offload(self.config.text_offload, int(stored * wider), tokens, self.device)
+
+    @property
     def placing(self) -> Placing:
         """How clips are placed in buckets."""
         return Placing(self.config.fit, self.config.short, self.config.windows)
@@ -89,6 +102,7 @@ class EncodeSettings:
                 "vae_dtype": self.vae_dtype,
                 "text_dtype": self.text_dtype,
                 "tiling": "on" if self.tiled else "off",
+                "text_batch_size": self.text_batch_size,
                 "format": self.backend,
                 "remake_images": False,
             }

@@ -7,28 +7,26 @@ result is there, so the device need not wait while results are read, checked, pa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from functools import cache
 from weakref import WeakSet
 
-from cogcache.cache.format import TEXT, Entry
+from cogcache.cache.format import Entry
 from cogcache.cache.writer import CacheWriter, ShardJob
-from cogcache.errors import ModelError, VideoError
+from cogcache.errors import VideoError
 from cogcache.precompute.ahead import read_ahead
 from cogcache.precompute.behind import Behind
 from cogcache.precompute.piece import Model, Piece, Raw, Tally
-from cogcache.precompute.text import FrozenText
 from cogcache.progress import Progress
 
-__all__ = ["Piece", "Tally", "encode_pieces", "encode_text"]
+__all__ = ["Piece", "Tally", "encode_pieces"]
 
 _RESULTS, _WRITES = 3, 8
 """So much may wait: results, so that the device has always work, and its memory holds few inputs more than it works on;
 and writes, so that closing a shard holds nothing up.
 """
-_NOT_FINITE = "the text encoder gave values that are not finite; try --text-dtype float32"
 
 
 def encode_pieces(
@@ -141,65 +139,3 @@ class _Making:
         if self._progress:
             share = self.tally.waited_s / max(self.elapsed(), 1e-9)
             self._progress.advance(waiting_for_files=f"{share:.0%}", failed=self.tally.failed)
-
-
-def encode_text(
-    writer: CacheWriter, captions: Mapping[str, str], load_text: Callable[[], FrozenText], batch_size: int
-) -> Tally:
-    """Encode every caption whose embedding is planned and not yet there, and commit its shards.
-
-    Args:
-        captions: Text key to caption.
-        load_text: Called once, and only if there is work.
-        batch_size: Captions encoded at once.
-    """
-    tally = Tally()
-    todo = len(captions.keys() - writer.committed(TEXT))
-    encoder = cache(load_text)
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress("captions", todo, "captions")) if todo else None
-        for job in writer.jobs(TEXT, captions.keys()):
-            # Batches are cut from the shard's whole plan, so that a resumed run forms the same ones: a row's last
-            # bits may depend on the shape of its batch.
-            for batch in _batches(job.planned, batch_size):
-                missing = [key for key in batch if key in job.remaining]
-                if missing:
-                    texts = [captions.get(key, "") for key in batch]
-                    failed = _encode_batch(job, encoder(), texts, batch, missing)
-                    tally.failed += failed
-                    tally.encoded += len(missing) - failed
-                    if progress:
-                        progress.advance(len(missing), failed=tally.failed)
-            job.finish()
-    return tally
-
-
-def _batches(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    return (keys[start : start + size] for start in range(0, len(keys), size))
-
-
-def _encode_batch(
-    job: ShardJob,
-    encoder: FrozenText,
-    captions: Sequence[str],
-    keys: Sequence[str],
-    missing: Sequence[str],
-) -> int:
-    """Encode a batch and append what is missing; how many of those are of no use.
-
-    Raises:
-        ModelError: if even the empty caption is: then no training could use the cache.
-    """
-    embeddings = encoder.encode(captions)
-    failed = 0
-    for key, caption, embedding in zip(keys, captions, embeddings, strict=True):
-        if key not in missing:
-            continue
-        if embedding.isfinite().all():
-            job.append(Entry(key, {"prompt_embeds": embedding.clone()}, {"caption": caption}))
-        elif caption:
-            job.fail(key, caption[:200], _NOT_FINITE)
-            failed += 1
-        else:
-            raise ModelError(f"{_NOT_FINITE.partition(';')[0]}.", "Try --text-dtype float32.")
-    return failed

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cogcache.cache.format import Entry
 from cogcache.cache.reader import CacheReader
 from cogcache.cache.writer import CacheWriter, ShardJob
 from cogcache.config import EncodeConfig
 from cogcache.precompute import encode_all
+from cogcache.precompute.lane import Running
 from cogcache.precompute.stages import Tally
 from cogcache.precompute.text import FrozenText
 
@@ -210,9 +210,9 @@ def test_batches_of_captions_do_not_depend_on_interruptions(
     batches: list[tuple[str, ...]] = []
     stop_after = 10**9
 
-    def recording(self: FrozenText, captions: Sequence[str]) -> torch.Tensor:
+    def recording(self: FrozenText, captions: Sequence[str]) -> Running:
         batches.append(tuple(captions))
-        return encode(self, captions)
+        return start(self, captions)
 
     def stopping(self: ShardJob, entry: Entry) -> None:
         nonlocal stop_after
@@ -222,8 +222,8 @@ def test_batches_of_captions_do_not_depend_on_interruptions(
                 raise KeyboardInterrupt
         append(self, entry)
 
-    encode, append = FrozenText.encode, ShardJob.append
-    monkeypatch.setattr(FrozenText, "encode", recording)
+    start, append = FrozenText.start, ShardJob.append
+    monkeypatch.setattr(FrozenText, "start", recording)
     monkeypatch.setattr(ShardJob, "append", stopping)
     encode_all(settings(shards=tmp_path / "reference", text_batch_size=3))
     undisturbed, batches = batches, []

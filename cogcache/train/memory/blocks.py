@@ -15,12 +15,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from cogcache.streamed import StreamedWeights, move_without
 from cogcache.train.memory.attention import Attended, attend, attend_backward, attention
 from cogcache.train.memory.gradients import GradientSum, leaves
 from cogcache.train.memory.host import CopyStreams, HostPool, Kept
 from cogcache.train.memory.measures import Measures
 from cogcache.train.memory.pieces import Rotary, can_skip_last, pieces, rotation
-from cogcache.train.memory.weights import StreamedWeights
 
 __all__ = ["BlockRunner", "install"]
 
@@ -51,7 +51,8 @@ class BlockRunner:
         self.blocks, self.measures = blocks, measures
         streams = CopyStreams(device)
         self._pool = HostPool(streams)
-        self._weights = StreamedWeights(blocks, streams) if measures.weights == "host" else None
+        frozen = [[p for p in block.parameters() if not p.requires_grad] for block in blocks]
+        self._weights = StreamedWeights(frozen, streams) if measures.weights == "host" else None
         self._eager, self._trained = pieces(compiled=False), pieces(compiled=measures.compile)
         self._last: _Record | None = None
         self._tables: tuple[Rotary, Rotary] = (None, None)
@@ -216,12 +217,7 @@ def install(transformer: Any, measures: Measures, device: torch.device) -> Block
     blocks = list(transformer.transformer_blocks)
     frozen = [p for block in blocks for p in block.parameters() if not p.requires_grad]
     stay = frozen if measures.weights == "host" else []
-    there = [parameter.data for parameter in stay]
-    for parameter in stay:
-        parameter.data = parameter.data.new_empty(0)
-    transformer.to(device)
-    for parameter, data in zip(stay, there, strict=True):
-        parameter.data = data
+    move_without(transformer, stay, device)
     runner = BlockRunner(blocks, measures, device)
     for index, block in enumerate(blocks):
         block.forward = _forward(runner, index)

@@ -5,46 +5,15 @@ The device never waits for a copy out; a copy in is started one block ahead. On 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cogcache.streamed import CopyStreams, host_memory
+
 __all__ = ["CopyStreams", "HostPool", "Kept", "host_memory"]
-
-
-def host_memory(size: int, device: torch.device) -> Tensor:
-    """``size`` bytes of host memory, page-locked for copies to and from ``device`` where that is a GPU."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-
-class CopyStreams:
-    """One stream for copies to the host and one for copies to the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.cuda = device.type == "cuda"
-        stream: Any = torch.cuda.Stream
-        self.out: torch.cuda.Stream | None = stream(device) if self.cuda else None
-        self.back: torch.cuda.Stream | None = stream(device) if self.cuda else None
-
-    def on(self, stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
-        """Do what is inside on ``stream``, after all that the current stream has been given so far."""
-        if stream is None:
-            return nullcontext()
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        return torch.cuda.stream(stream)
-
-    def mark(self) -> torch.cuda.Event | None:
-        """An event at this point of the current stream."""
-        return torch.cuda.current_stream(self.device).record_event() if self.cuda else None
-
-    def wait(self, event: torch.cuda.Event | None) -> None:
-        """Let the current stream wait for an event."""
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
 
 
 @dataclass

@@ -7,40 +7,82 @@ work uses one while the next block's weights arrive in the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cogcache.train.memory.host import CopyStreams, host_memory
-
-__all__ = ["StreamedWeights"]
+__all__ = ["CopyStreams", "StreamedWeights", "host_memory", "move_without"]
 
 _ALIGN = 256
 _SLOTS = 2
 
 
+def host_memory(size: int, device: torch.device) -> Tensor:
+    """``size`` bytes of host memory, page-locked for copies to and from ``device`` where that is a GPU."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+class CopyStreams:
+    """One stream for copies to the host and one for copies to the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        stream: Any = torch.cuda.Stream
+        self.out: torch.cuda.Stream | None = stream(device) if self.cuda else None
+        self.back: torch.cuda.Stream | None = stream(device) if self.cuda else None
+
+    def on(self, stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+        """Do what is inside on ``stream``, after all that the current stream has been given so far."""
+        if stream is None:
+            return nullcontext()
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(stream)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event at this point of the current stream."""
+        return torch.cuda.current_stream(self.device).record_event() if self.cuda else None
+
+    def wait(self, event: torch.cuda.Event | None) -> None:
+        """Let the current stream wait for an event."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+
+def move_without(module: nn.Module, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    """Put ``module`` on ``device``, but leave the data of ``parameters`` where they are."""
+    there = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.new_empty(0)
+    module.to(device)
+    for parameter, data in zip(parameters, there, strict=True):
+        parameter.data = data
+
+
 class StreamedWeights:
-    """Takes the frozen parameters of ``blocks``, which must all be alike, off the device.
+    """Takes frozen parameters of blocks, which must all be alike, off the device.
 
     Outside of :meth:`enter` and :meth:`leave` the parameters are on the host.
+
+    Args:
+        parameters: Those of each block, in the order in which blocks run.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], streams: CopyStreams) -> None:
+    def __init__(self, parameters: Sequence[Sequence[nn.Parameter]], streams: CopyStreams) -> None:
         self.streams = streams
-        self._parameters = [[p for p in block.parameters() if not p.requires_grad] for block in blocks]
-        self._places, size = _layout(self._parameters[0])
+        self._parameters = parameters
+        self._places, size = _layout(parameters[0])
         self._host: list[Tensor] = []
-        for index, parameters in enumerate(self._parameters):
-            self._host.append(_gather(parameters, self._places, host_memory(size, streams.device)))
-            self._point(
-                index, self._host[index]
-            )  # block by block, so that no weight is twice on the host for long
+        for index, own in enumerate(parameters):
+            self._host.append(_gather(own, self._places, host_memory(size, streams.device)))
+            self._point(index, self._host[index])  # at once, so that only one block is there twice
         self._slots = [torch.empty(size, dtype=torch.uint8, device=streams.device) for _ in range(_SLOTS)]
         self._holds: list[int | None] = [None] * _SLOTS
         self._loaded: list[Any] = [None] * _SLOTS
         self._unused: list[Any] = [None] * _SLOTS
-        self.bytes = size * len(blocks)
+        self.bytes = size * len(parameters)
 
     def enter(self, index: int, following: int) -> None:
         """Let block ``index`` use its weights on the device, and start on those of the block that follows."""
