@@ -105,12 +105,16 @@ class Backend(Protocol):
     def facts(self, key: str, member: Buffer) -> dict[str, Any]:
         """The facts, from the second member alone. Raises as :meth:`unpack` does."""
 
-    def slots(self, folder: Path, group: str, wanted: int) -> int:
+    def slots(self, folder: Path, group: str, wanted: int, facts: dict[str, Any]) -> int:
         """Most entries that a new shard of this group in the folder of a series may hold.
 
         Args:
             wanted: What a run asks for; where shards of the group must be alike, it is that of those that are there.
+            facts: What shards of the series say of themselves.
         """
+
+    def side_file(self, shard: str) -> str | None:
+        """The one of :meth:`side_files` that a shard has, relative to the folder of its series; None if none."""
 
     def side_files(
         self, root: Path, identity: Identity, shards: Mapping[str, Mapping[str, ShardIndex]]

@@ -151,6 +151,8 @@ def _options(protocol: str) -> dict[str, Any]:
             "connect_timeout": _CONNECT_S,
             "read_timeout": _READ_S,
             "retries": {"total_max_attempts": 1},
+            # Some servers answer a range with the checksum of the whole file. Each byte is checked here anyway.
+            "response_checksum_validation": "when_required",
         }
         return {"config_kwargs": config}
     if protocol in _HTTP:

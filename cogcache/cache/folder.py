@@ -87,6 +87,11 @@ class SeriesFolder:
             return data.stat().st_size
         return int(pushed.read_bytes()) if pushed.is_file() else -1
 
+    def side_file(self, name: str) -> Path | None:
+        """The file that tells other programs of a shard, where it has one."""
+        file = self._backend.side_file(name)
+        return self.path / file if file else None
+
     def pushed(self, name: str) -> Path:
         """The file that stands for the data of a shard that was sent to a server: its size, in decimal digits."""
         return self.path / f"{name}.pushed"
@@ -148,7 +153,7 @@ class SeriesFolder:
         used = [parse_shard(name) for s in ("index.jsonl", "plan.json") for name in self._names(s)]
         used += [parse_shard(name) for name, tail, _ in data_files(self._backend, self.path) if not tail]
         first = max((name.number for name in used if name.group_text == group), default=-1) + 1
-        slots = self._backend.slots(self.path, group, entries_per_shard)
+        slots = self._backend.slots(self.path, group, entries_per_shard, self._facts)
         made: dict[str, int] = {}
         if keys:
             sync_folder(self.path)  # the plans before may be just renamed by a killed process

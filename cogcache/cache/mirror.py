@@ -115,8 +115,17 @@ class Mirror:
         except ValueError as error:
             raise DamagedCacheError(f"{self._url / file} is damaged: {error}.", "Delete it there.") from None
         if self._server.size(self._data_name(folder, name)) == size:
+            self._pull_side_file(folder, name)
             write_atomic(folder.pushed(name), b"%d\n" % size)
             write_atomic(folder.path / f"{name}.index.jsonl", data)
+
+    def _pull_side_file(self, folder: SeriesFolder, name: str) -> None:
+        """What tells what further shards of its array must be like. Whoever reads it checks it."""
+        path = folder.side_file(name)
+        data = None if path is None or path.exists() else self._read(self._name(path))
+        if path is not None and data is not None:
+            make_folder(path.parent)
+            write_atomic(path, data)
 
     def _check_same_index(self, folder: SeriesFolder, name: str) -> None:
         file = f"{folder.series}/{name}.index.jsonl"
@@ -148,7 +157,7 @@ class Mirror:
     # What it gets --------------------------------------------------------------------------------------------------
 
     def send_shard(self, folder: SeriesFolder, name: str) -> None:
-        """Send a committed shard: data first, then the index, which commits it there. Does nothing if it is there."""
+        """Send a committed shard: its index last, which commits it there. Does nothing if it is there."""
         if folder.pushed(name).exists():
             return
         self._send_identity()
@@ -156,6 +165,9 @@ class Mirror:
         data, size = folder.data(name), folder.index(name).bytes
         try:
             self._server.upload(data, self._data_name(folder, name))
+            side = folder.side_file(name)
+            if side is not None:
+                self._server.upload(side.read_bytes(), self._name(side))
             index = folder.path / f"{name}.index.jsonl"
             self._server.upload(index.read_bytes(), f"{folder.series}/{index.name}")
         except FileNotFoundError:
@@ -216,4 +228,8 @@ class Mirror:
             self._identity_sent = data
 
     def _data_name(self, folder: SeriesFolder, name: str) -> str:
-        return folder.data(name).relative_to(self._root).as_posix()
+        return self._name(folder.data(name))
+
+    def _name(self, path: Path) -> str:
+        """On the server, of a file of the staging."""
+        return path.relative_to(self._root).as_posix()

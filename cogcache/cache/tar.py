@@ -127,10 +127,13 @@ class TarBackend:
         _ = key
         return parse_object(bytes(member))
 
-    def slots(self, folder: Path, group: str, wanted: int) -> int:
+    def slots(self, folder: Path, group: str, wanted: int, facts: dict[str, Any]) -> int:
         """As wanted: shards may be of any size."""
-        _ = folder, group
+        _ = folder, group, facts
         return wanted
+
+    def side_file(self, shard: str) -> None:
+        """None."""
 
     def side_files(
         self, root: Path, identity: Identity, shards: Mapping[str, Mapping[str, ShardIndex]]

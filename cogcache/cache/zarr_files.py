@@ -19,7 +19,17 @@ from cogcache.cache.stored import head_facts
 from cogcache.cache.zarr_array import RANKS, ZarrArray, array_json, group_json, parse_array, parse_description
 from cogcache.errors import CacheError, MismatchError
 
-__all__ = ["Known", "data_file", "known_array", "publish", "read_head", "shard_of", "side_files", "slots_of"]
+__all__ = [
+    "Known",
+    "data_file",
+    "known_array",
+    "publish",
+    "read_head",
+    "shard_of",
+    "side_file",
+    "side_files",
+    "slots_of",
+]
 
 _METADATA = "zarr.json"
 _NO_GROUP = "all"
@@ -89,8 +99,13 @@ def known_array(folder: Path, group: str, facts: dict[str, Any]) -> Known | None
         return None
 
 
-def slots_of(folder: Path, group: str, wanted: int) -> int:
-    """Rows of a shard of a group: those of shards that are there or planned, else as wanted."""
+def side_file(shard: str) -> str:
+    """``zarr.json`` of the array that a shard belongs to, relative to the folder of its series."""
+    return f"{_folder(parse_shard(shard).group_text)}/{_METADATA}"
+
+
+def slots_of(folder: Path, group: str, wanted: int, facts: dict[str, Any]) -> int:
+    """Rows of a shard of a group: those of shards that are there, planned or sent away, else as wanted."""
     for path in sorted(folder.glob("*.plan.json")):
         try:
             if parse_shard(path.name.partition(".")[0], folder.name).group_text == group:
@@ -106,7 +121,8 @@ def slots_of(folder: Path, group: str, wanted: int) -> int:
                     return int(read_head(stream, path.stat().st_size)["slots"])
             except (OSError, ValueError):
                 continue
-    return min(wanted, MAX_SLOTS)
+    known = known_array(folder, group, facts)
+    return min(known.slots if known else wanted, MAX_SLOTS)
 
 
 def publish(
@@ -159,12 +175,21 @@ def side_files(
             name = parse_shard(shard)
             groups.setdefault(name.group_text, {})[name] = index
         for group, found in groups.items():
-            said = next(_arrays(root / series, found), None)
+            said = next(_arrays(root / series, found), None) or _sent(root / series, group, found, facts)
             if said is not None:
                 array, slots = said
                 rows = max(name.number * slots + len(index.entries) for name, index in found.items())
                 files[f"{series}/{_folder(group)}/{_METADATA}"] = array_json(array, slots, rows, facts)
     return files
+
+
+def _sent(
+    folder: Path, group: str, shards: Mapping[ShardName, ShardIndex], facts: dict[str, Any]
+) -> tuple[ZarrArray, int] | None:
+    """What ``zarr.json`` says of an array whose shards have all been sent to a server."""
+    known = known_array(folder, group, facts)
+    here = any((folder / data_file(str(name))).exists() for name in shards)
+    return None if here or known is None else (known.array, known.slots)
 
 
 def _arrays(folder: Path, shards: Mapping[ShardName, ShardIndex]) -> Iterator[tuple[ZarrArray, int]]:

@@ -40,6 +40,7 @@ from cogcache.cache.zarr_files import (
     publish,
     read_head,
     shard_of,
+    side_file,
     side_files,
     slots_of,
 )
@@ -204,9 +205,13 @@ class ZarrBackend:
         """As :meth:`cogcache.cache.backend.Backend.facts`."""
         return parse_description(key, bytes(member))[1]
 
-    def slots(self, folder: Path, group: str, wanted: int) -> int:
+    def slots(self, folder: Path, group: str, wanted: int, facts: dict[str, Any]) -> int:
         """Rows of a shard: all shards of an array have the same number."""
-        return slots_of(folder, group, wanted)
+        return slots_of(folder, group, wanted, facts)
+
+    def side_file(self, shard: str) -> str:
+        """``49x480x720/zarr.json``."""
+        return side_file(shard)
 
     def side_files(
         self, root: Path, identity: Identity, shards: Mapping[str, Mapping[str, ShardIndex]]

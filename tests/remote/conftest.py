@@ -9,6 +9,7 @@ import pytest
 from making_caches import SMALL, write_cache
 from servers import KEY, SECRET, Place, Server, http_server, program, s3_server
 
+from cogcache.cli import run
 from cogcache.tiny import Family
 
 
@@ -16,6 +17,14 @@ from cogcache.tiny import Family
 def cache(tiny_models: Callable[[Family], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished cache of six clips. Read only."""
     return write_cache(tmp_path_factory.mktemp("source") / "cache", tiny_models("2b"), [SMALL] * 6)
+
+
+@pytest.fixture(scope="session")
+def zarr_cache(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same entries in zarr arrays. Read only."""
+    root = tmp_path_factory.mktemp("zarr") / "cache"
+    assert run(["export", str(cache), str(root), "--format", "zarr"]) == 0
+    return root
 
 
 @pytest.fixture(scope="session")

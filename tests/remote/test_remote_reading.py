@@ -55,10 +55,12 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     return asked
 
 
+@pytest.mark.parametrize("made", ["cache", "zarr_cache"])
 @pytest.mark.parametrize("kind", ["s3", "nginx", "memory"])
 def test_a_url_reads_as_the_folder(
-    kind: str, cache: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, made: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cache: Path = request.getfixturevalue(made)
     if kind == "memory":
         import fsspec
 
@@ -136,6 +138,14 @@ def test_training_from_s3_equals_training_from_the_folder_whatever_happens_to_th
         f"{url} does not answer (). Waiting for it, up to N s.",
         f"{url} answers again after N s; going on.",
     ]
+
+
+def test_training_from_zarr_at_a_url_equals_training_from_tar_files(
+    s3: Place, cache: Path, zarr_cache: Path, tmp_path: Path
+) -> None:
+    url = publish(zarr_cache, s3)
+    tar = settings(tmp_path, cache, "tar", steps=3)
+    assert outcome(settings(tmp_path, Url(url), "zarr", steps=3)) == outcome(tar)
 
 
 def test_a_run_is_resumed_wherever_its_shards_are(s3: Place, cache: Path, tmp_path: Path) -> None:
