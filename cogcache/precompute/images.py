@@ -25,7 +25,7 @@ from cogcache.precompute.settings import SIGMA_LOG_MEAN, SIGMA_LOG_STD, EncodeSe
 from cogcache.precompute.vae import FrozenVae, to_pixels
 from cogcache.video import ClipRequest, load_first_frame
 
-__all__ = ["ImageSource", "clean_key", "draw_keys", "start_draw"]
+__all__ = ["Draw", "ImageSource", "clean_key", "draw_keys", "make_draw", "start_draw"]
 
 
 @dataclass(frozen=True)
@@ -75,37 +75,59 @@ def clean_key(fingerprint: Fingerprint, source: ImageSource) -> str:
     return image_key(fingerprint, source.identity, source.size, None)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of one draw of the bank; of ``number`` None, those of the image without noise.
+
+    Attributes:
+        noise: float32 ``[1, 3, 1, H, W]`` of deviation 1, to be scaled by ``sigma``.
+        seed: All of them come from it, also those that ``random`` gives next, for the posterior.
+    """
+
+    number: int | None
+    sigma: float
+    noise: torch.Tensor | None
+    random: torch.Generator
+    seed: int
+
+
+def make_draw(source: ImageSource, number: int | None, image_hwc: torch.Tensor) -> Draw:
+    """Draw what depends on the picture's name, ``number`` and the picture's shape alone."""
+    purpose = ("image", source.identity, "clean" if number is None else number)
+    random, seed = generator(*purpose), seed_for(*purpose)
+    if number is None:
+        return Draw(None, 0.0, None, random, seed)
+    sigma = math.exp(SIGMA_LOG_MEAN + SIGMA_LOG_STD * float(torch.randn((), generator=random)))
+    height, width, channels = image_hwc.shape
+    return Draw(number, sigma, torch.randn(1, channels, 1, height, width, generator=random), random, seed)
+
+
 def start_draw(
-    vae: FrozenVae, image_hwc: torch.Tensor, source: ImageSource, key: str, draw: int | None
+    vae: FrozenVae, image_hwc: torch.Tensor, draw: Draw, source: ImageSource, key: str
 ) -> Callable[[], Entry]:
     """Begin to encode one draw of the bank; what is returned waits for it and makes its entry.
 
     The entry is ``{"latents": [C, 1, H/8, W/8]}``, unscaled; sigma and seed are in the facts. Draws are not put
-    through the VAE in batches: the last bits of a row may depend on its batch, and a bank can grow by single draws.
+    through the VAE in batches: that is no faster, and the last bits of a row may depend on its batch.
 
     Args:
         image_hwc: uint8 ``[H, W, 3]``.
-        draw: Its number, or ``None`` for the image without noise.
 
     Raises:
         VideoError: from the call that makes the entry, if the VAE's output is not finite.
     """
-    purpose = ("image", source.identity, "clean" if draw is None else draw)
-    random = generator(*purpose)
     pixels = to_pixels(image_hwc[None, None])
-    sigma = 0.0
-    if draw is not None:
-        sigma = math.exp(SIGMA_LOG_MEAN + SIGMA_LOG_STD * float(torch.randn((), generator=random)))
-        pixels = pixels + sigma * torch.randn(pixels.shape, generator=random)
+    if draw.noise is not None:
+        pixels = pixels + draw.sigma * draw.noise
     facts = {
         "source": source.name,
         "image": source.identity,
         "size": str(source.size),
-        "draw": draw,
-        "sigma": sigma,
-        "seed": seed_for(*purpose),
+        "draw": draw.number,
+        "sigma": draw.sigma,
+        "seed": draw.seed,
     }
-    running = vae.start_pixels(pixels)
+    running, random = vae.start_pixels(pixels), draw.random
     return lambda: Entry(key, {"latents": _sample(running.result()[0], random)}, facts)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,7 +11,7 @@ from cogcache.cache.format import Entry
 from cogcache.cache.moments import MOMENTS, MOMENTS_8BIT, pack_moments
 from cogcache.errors import TooShortError, VideoError
 from cogcache.precompute.clips import ClipWork
-from cogcache.precompute.images import ImageSource, start_draw
+from cogcache.precompute.images import Draw, ImageSource, make_draw, start_draw
 from cogcache.precompute.piece import Piece
 from cogcache.precompute.settings import EncodeSettings
 from cogcache.precompute.vae import FrozenVae
@@ -51,24 +51,41 @@ def latent_piece(clip: ClipWork, settings: EncodeSettings) -> Piece[FrozenVae, C
     return Piece(clip.latents, clip.item.source, str(clip.bucket), clip.latents, read, start)
 
 
-def image_pieces(clip: ClipWork, settings: EncodeSettings) -> list[Piece[FrozenVae, torch.Tensor]]:
+def image_pieces(clip: ClipWork, settings: EncodeSettings) -> list[Piece[FrozenVae, _Drawn]]:
     """The work of making a clip's image-condition bank, one piece a draw; none for text-to-video."""
     if clip.image is None:
         return []
-    return [_image_piece(clip.image, key, draw, settings) for draw, key in enumerate(clip.images)]
+    return _pieces_of(clip.image, list(enumerate(clip.images)), settings)
 
 
 def validation_pieces(
     images: Mapping[str, ImageSource], settings: EncodeSettings
-) -> list[Piece[FrozenVae, torch.Tensor]]:
+) -> list[Piece[FrozenVae, _Drawn]]:
     """The work of making the noise-free first frames of validation prompts, from key to picture."""
-    return [_image_piece(source, key, None, settings) for key, source in images.items()]
+    return [piece for key, source in images.items() for piece in _pieces_of(source, [(None, key)], settings)]
 
 
-def _image_piece(
-    source: ImageSource, key: str, draw: int | None, settings: EncodeSettings
-) -> Piece[FrozenVae, torch.Tensor]:
-    def start(vae: FrozenVae, image_hwc: torch.Tensor) -> Callable[[], Entry]:
-        return start_draw(vae, image_hwc, source, key, draw)
+class _Drawn(NamedTuple):
+    """A picture, uint8 ``[H, W, 3]``, and its draws by number."""
 
-    return Piece(key, source.name, str(source.size), source.identity, lambda: source.load(settings), start)
+    image_hwc: torch.Tensor
+    draws: dict[int | None, Draw]
+
+
+def _pieces_of(
+    source: ImageSource, keys: Sequence[tuple[int | None, str]], settings: EncodeSettings
+) -> list[Piece[FrozenVae, _Drawn]]:
+    """Pieces of one picture. Its draws are made where it is read: noise takes as long as the VAE on a fast GPU."""
+    numbers = [number for number, _ in keys]
+
+    def read() -> _Drawn:
+        image = source.load(settings)
+        return _Drawn(image, {number: make_draw(source, number, image) for number in numbers})
+
+    def piece(number: int | None, key: str) -> Piece[FrozenVae, _Drawn]:
+        def start(vae: FrozenVae, drawn: _Drawn) -> Callable[[], Entry]:
+            return start_draw(vae, drawn.image_hwc, drawn.draws[number], source, key)
+
+        return Piece(key, source.name, str(source.size), f"{source.identity} {numbers}", read, start)
+
+    return [piece(number, key) for number, key in keys]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from making_videos import picture, write_video
 from PIL import Image
 
-from cogcache.cache.format import IMAGES, LATENTS
+from cogcache.cache.format import IMAGES, LATENTS, Entry
 from cogcache.cache.reader import CacheReader
 from cogcache.cli import run
 from cogcache.config import EncodeConfig
@@ -29,9 +30,9 @@ from cogcache.config_io import read_yaml
 from cogcache.draws import generator
 from cogcache.errors import ConfigError, GeometryError, MismatchError
 from cogcache.geometry import Size
-from cogcache.precompute import encode_all, images
+from cogcache.precompute import encode_all, images, pieces
 from cogcache.precompute import settings as settings_module
-from cogcache.precompute.images import ImageSource, start_draw
+from cogcache.precompute.images import Draw, ImageSource, make_draw, start_draw
 from cogcache.precompute.lane import Lane, Running
 from cogcache.precompute.vae import FrozenVae, to_pixels
 from cogcache.tiny import Family
@@ -110,6 +111,11 @@ class Echo:
         return Lane(torch.device("cpu")).download(moments, None)
 
 
+def entry_of(vae: Any, image: torch.Tensor, picture: ImageSource, number: int | None) -> Entry:
+    """One draw of a picture's bank."""
+    return start_draw(vae, image, make_draw(picture, number, image), picture, "0" * 32)()
+
+
 def source(name: str) -> ImageSource:
     return ImageSource(Path(name), None, f"file {name}", name, Size(16, 24))
 
@@ -121,7 +127,7 @@ def test_noise_has_the_published_distribution() -> None:
     logs, seen = [], set()
     for name in ("a", "b", "c"):
         for draw in range(200):
-            entry = start_draw(Echo(), image, source(name), "0" * 32, draw)()  # type: ignore[arg-type]
+            entry = entry_of(Echo(), image, source(name), draw)
             noise = entry.tensors["latents"] - clean
             sigma = entry.facts["sigma"]
             assert noise.std().item() == pytest.approx(sigma, rel=0.12)
@@ -139,10 +145,10 @@ def test_noise_has_the_published_distribution() -> None:
 def test_the_posterior_is_sampled_and_an_image_for_validation_is_clean() -> None:
     image = torch.full((16, 24, 3), 100, dtype=torch.uint8)
     clean = to_pixels(image[None, None])[0]
-    spread = start_draw(Echo(logvar=0.0), image, source("a"), "0" * 32, None)()  # type: ignore[arg-type]
+    spread = entry_of(Echo(logvar=0.0), image, source("a"), None)
     assert (spread.tensors["latents"] - clean).std().item() == pytest.approx(1.0, rel=0.1)
     assert (spread.facts["sigma"], spread.facts["draw"]) == (0.0, None)
-    exact = start_draw(Echo(), image, source("a"), "0" * 32, None)()  # type: ignore[arg-type]
+    exact = entry_of(Echo(), image, source("a"), None)
     torch.testing.assert_close(exact.tensors["latents"], clean, rtol=0, atol=1e-5)
 
 
@@ -395,7 +401,7 @@ def test_kills_change_no_byte_of_the_bank(i2v: Settings, encode_server: Any, tmp
 def test_seeds_are_functions_of_picture_and_draw_alone() -> None:
     """The draws' order of making, the number of threads and the K do not enter: the seed is this hash."""
     image = torch.zeros(16, 16, 3, dtype=torch.uint8)
-    entry = start_draw(Echo(), image, source("a"), "0" * 32, 3)()  # type: ignore[arg-type]
+    entry = entry_of(Echo(), image, source("a"), 3)
     random = generator("image", "file a", 3)
     sigma = math.exp(-3 + 0.5 * torch.randn((), generator=random).item())
     expected = -1 + sigma * torch.randn((1, 3, 1, 16, 16), generator=random)
@@ -405,5 +411,21 @@ def test_seeds_are_functions_of_picture_and_draw_alone() -> None:
 def test_bank_is_kept_in_the_precision_of_the_vae(tiny_models: Callable[[Family], Path]) -> None:
     vae = FrozenVae(tiny_models("1.5-5b-i2v"), "bfloat16", tiled=False, device=torch.device("cpu"))
     image = torch.full((16, 32, 3), 90, dtype=torch.uint8)
-    entry = start_draw(vae, image, source("a"), "0" * 32, 0)()
+    entry = entry_of(vae, image, source("a"), 0)
     assert entry.tensors["latents"].dtype == torch.bfloat16
+
+
+def test_pictures_are_read_and_noise_is_drawn_once_ahead_of_the_vae(
+    i2v: Settings, monkeypatch: pytest.MonkeyPatch, finished: Path, tmp_path: Path
+) -> None:
+    """All draws of a picture come from one read, in a thread that reads; the bytes are the same."""
+    drawn: list[tuple[str, int | None, str]] = []
+
+    def noted(picture: ImageSource, number: int | None, image: torch.Tensor) -> Draw:
+        drawn.append((picture.name, number, threading.current_thread().name.partition("_")[0]))
+        return make_draw(picture, number, image)
+
+    monkeypatch.setattr(pieces, "make_draw", noted)
+    encode_all(i2v(shards=tmp_path / "again"))
+    assert sorted(drawn) == [(f"{clip}.mp4", number, "read") for clip in range(3) for number in range(3)]
+    assert files(tmp_path / "again", IMAGES) == files(finished, IMAGES)
