@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cogcache.cache.files import write_atomic
+from cogcache.cache.files import sync_folder, write_atomic
 from cogcache.cache.format import (
     IDENTITY_FILE,
     MANIFEST_FILE,
@@ -50,6 +50,7 @@ def admit(root: Path, wanted: Identity) -> Identity:
         check_buckets(root, found, wanted)
         merged = wanted.model_copy(update={"series": {**found.series, **wanted.series}})
         if merged == found:
+            sync_folder(root)  # it may be just renamed by a killed process, and all folders rest on it
             return merged
     write_identity(root, merged)
     return merged

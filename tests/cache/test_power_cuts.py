@@ -10,6 +10,7 @@ import hashlib
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
@@ -176,6 +177,18 @@ def kill_points(ops: Sequence[Op]) -> list[int]:
     return sorted(
         {place + 1 for place, op in enumerate(ops) if isinstance(op, Create)} | {*range(0, len(ops), STRIDE)}
     )
+
+
+def test_nothing_rests_on_an_identity_that_a_killed_process_has_just_renamed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the power may take its name, and leave the folders that the next run made beside it."""
+    trial = Trial(FEW[0], source, tmp_path / "trial", monkeypatch)
+    ops = Replay(trial, tmp_path / "whole").recorded.ops
+    named = next(n for n, op in enumerate(ops) if isinstance(op, Create) and op.name == "cache.json")
+    replay = Replay(trial, tmp_path / "killed", named + 1)
+    install(FakeOs(), monkeypatch)
+    replay.check_all(islice(replay.states(8, random.Random(0)), 100))
 
 
 @pytest.mark.slow
