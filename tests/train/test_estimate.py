@@ -22,11 +22,13 @@ from cogcache.geometry import Bucket, parse_bucket
 from cogcache.tiny import Family
 from cogcache.train.adapter import peft_config
 from cogcache.train.flops import step_flops
+from cogcache.train.memory import host
 from cogcache.train.memory.estimate import estimate
 from cogcache.train.memory.gpus import CARDS, find_card, given_rates, measured_rates
+from cogcache.train.memory.host import CopyStreams, HostPool, locked_size, pool_size, slab_count
 from cogcache.train.memory.measures import TIERS, Measures
 from cogcache.train.memory.speed import Rates, microbatch_seconds, update_seconds
-from cogcache.train.memory.workload import Workload, page_locked, workload_of
+from cogcache.train.memory.workload import Workload, workload_of
 from cogcache.train.model import add_lora, load_transformer
 from cogcache.variants import Variant, read_variant
 
@@ -118,11 +120,13 @@ def test_each_measure_moves_what_it_says(tiny_models: Models) -> None:
     base = estimate(load, Measures()).device_parts
     streamed = estimate(load, Measures(weights="host"))
     assert streamed.device_parts["frozen_weights"] == 2 * load.blocks // load.layers
-    assert streamed.host == streamed.host_parts["frozen_weights"] == 3 * page_locked(load.blocks // 3)
+    assert streamed.host == streamed.host_parts["frozen_weights"] == 3 * locked_size(load.blocks // 3)
     assert base["block_inputs"] == load.layers * load.unit
     away = estimate(load, Measures(inputs="host"))
     assert away.device_parts["block_inputs"] == load.layers * load.text
-    assert away.host_parts["block_inputs"] == 3 * page_locked(load.unit - load.text)
+    assert away.host_parts["block_inputs"] == pool_size(load.unit, 3)
+    both = estimate(load, Measures(inputs="host", attention="host"))
+    assert both.host == pool_size(load.unit, 6)
     assert away.device_parts["working_set"] == base["working_set"] + 2 * load.unit
     kept = estimate(load, Measures(attention="device")).device_parts
     assert kept["attention_outputs"] == load.layers * (load.unit + load.logsumexp)
@@ -152,7 +156,32 @@ def test_without_checkpointing_everything_is_kept(tiny_models: Models) -> None:
 
 
 def test_page_locked_memory_comes_in_powers_of_two() -> None:
-    assert [page_locked(size) for size in (1, 2, 3, 1 << 20, (1 << 20) + 1)] == [1, 2, 4, 1 << 20, 1 << 21]
+    assert [locked_size(size) for size in (1, 2, 3, 1 << 20, (1 << 20) + 1)] == [1, 2, 4, 1 << 20, 1 << 21]
+    for size in (17776 * 3072 * 2, 45104 * 3072 * 2, 1000, 1 << 20, (1 << 20) + 1):
+        count = slab_count(size)
+        assert count * size >= 0.8 * locked_size(count * size)
+        assert pool_size(size, 84) >= 84 * size
+        assert pool_size(size, 84) <= 84 * locked_size(size)
+    assert (slab_count(1 << 20), pool_size(1 << 20, 5)) == (1, 5 << 20)
+
+
+def test_the_pool_takes_what_was_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with the host's memory in place of page-locked memory."""
+    streams = CopyStreams(torch.device("cpu"))
+    pool = HostPool(streams, least=5000)
+    taken: list[int] = []
+    monkeypatch.setattr(streams, "cuda", True)
+    monkeypatch.setattr(streams, "mark", lambda: None)
+    monkeypatch.setattr(
+        host, "host_memory", lambda size, _: taken.append(size) or torch.empty(size, dtype=torch.uint8)
+    )
+    tensors = [torch.randn(1000 - 7 * place) for place in range(84)]  # batches of other shapes
+    kept = [pool.put(tensor) for tensor in tensors]
+    assert all(torch.equal(pool.get(one), tensor) for one, tensor in zip(kept, tensors, strict=True))
+    assert sum(locked_size(size) for size in taken) == pool_size(5000, 84) < 84 * locked_size(5000)
+    kept = [pool.put(tensor) for tensor in reversed(tensors)]
+    assert len({one.buffer.data_ptr() for one in kept}) == 84
+    assert sum(taken) == pool.bytes
 
 
 RATES = Rates(linear=1e12, attention=5e11, memory=1e12, link=1e9)

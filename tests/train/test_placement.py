@@ -220,6 +220,26 @@ def test_what_is_decided_is_told(
     assert place.plan_blocks(plain, where, root, samples, torch.bfloat16).forecast is None
 
 
+def test_processes_decide_alike(
+    gpu: Callable[[float], SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the fullest of their GPUs, and each with its share of the host."""
+    where: Any = gpu(24)
+    where.num_processes, where.device = 4, torch.device("cpu")
+    asked = []
+
+    def gather(mine: torch.Tensor) -> torch.Tensor:
+        asked.append(mine.tolist())
+        return torch.cat([mine, torch.tensor([[7 * GIB, 200 * GIB]])])
+
+    where.gather = gather
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert place._free(where) == Need(7 * GIB, PLENTY * GIB // 2)
+    assert asked == [[[24 * GIB, PLENTY * GIB // 2]]]
+    where.num_processes = 1
+    assert place._free(where) == Need(24 * GIB, PLENTY * GIB)
+
+
 def test_the_outcome_stands_beside_what_was_expected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 4 * GIB)
     forecast = replace(forecasts(AUTO)[2], memory=Estimate({"frozen_weights": 5 * GIB}), typical_s=3.0)

@@ -47,10 +47,12 @@ class _Record:
 class BlockRunner:
     """The blocks of one transformer, with everything that is kept outside of the autograd graph."""
 
-    def __init__(self, blocks: Sequence[nn.Module], measures: Measures, device: torch.device) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], measures: Measures, device: torch.device, kept_bytes: int = 0
+    ) -> None:
         self.blocks, self.measures = blocks, measures
         streams = CopyStreams(device)
-        self._pool = HostPool(streams)
+        self._pool = HostPool(streams, kept_bytes)
         frozen = [[p for p in block.parameters() if not p.requires_grad] for block in blocks]
         self._weights = StreamedWeights(frozen, streams) if measures.weights == "host" else None
         self._eager, self._trained = pieces(compiled=False), pieces(compiled=measures.compile)
@@ -208,17 +210,20 @@ class _BlockStep(torch.autograd.Function):
         return None, None, None, *grads
 
 
-def install(transformer: Any, measures: Measures, device: torch.device) -> BlockRunner:
+def install(transformer: Any, measures: Measures, device: torch.device, kept_bytes: int = 0) -> BlockRunner:
     """Make the blocks of a ``CogVideoXTransformer3DModel`` run under ``measures``, and put the model on ``device``.
 
     Call it after the LoRA is added. Blocks whose frozen weights stay on the host are not moved.
+
+    Args:
+        kept_bytes: Size of the largest tensor that will be kept in host memory, if known.
     """
     transformer.gradient_checkpointing = False
     blocks = list(transformer.transformer_blocks)
     frozen = [p for block in blocks for p in block.parameters() if not p.requires_grad]
     stay = frozen if measures.weights == "host" else []
     move_without(transformer, stay, device)
-    runner = BlockRunner(blocks, measures, device)
+    runner = BlockRunner(blocks, measures, device, kept_bytes)
     for index, block in enumerate(blocks):
         block.forward = _forward(runner, index)
     if stay:  # data parallelism wants all parameters on one device, and has nothing to do with these

@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cogcache.train.memory.host import locked_size, pool_size
 from cogcache.train.memory.measures import Measures
-from cogcache.train.memory.workload import Workload, page_locked
+from cogcache.train.memory.workload import Workload
 
 __all__ = ["Estimate", "Need", "estimate"]
 
@@ -152,11 +153,12 @@ def _working(load: Workload, how: Measures, *, own: bool) -> int:
 def _host(load: Workload, how: Measures) -> dict[str, int]:
     parts = dict.fromkeys(("frozen_weights", "optimizer_state", *_KEPT[:2]), 0)
     if how.weights == "host":
-        parts["frozen_weights"] = load.layers * page_locked(load.blocks // load.layers)
+        parts["frozen_weights"] = load.layers * locked_size(load.blocks // load.layers)
     if how.optimizer == "host":
         parts["optimizer_state"] = 2 * load.locked
     if how.inputs == "host":
-        parts["block_inputs"] = load.layers * page_locked(load.unit - load.text)
+        parts["block_inputs"] = pool_size(load.unit, load.layers)
     if how.attention == "host":
-        parts["attention_outputs"] = load.layers * page_locked(load.unit)
+        both = load.layers * (1 + (how.inputs == "host"))  # they share a pool
+        parts["attention_outputs"] = pool_size(load.unit, both) - parts["block_inputs"]
     return parts

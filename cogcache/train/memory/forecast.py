@@ -15,7 +15,7 @@ from cogcache.train.flops import StepFlops, step_flops
 from cogcache.train.memory.estimate import Estimate, Need, estimate
 from cogcache.train.memory.measures import Measures
 from cogcache.train.memory.speed import Rates, microbatch_seconds, update_seconds
-from cogcache.train.memory.workload import workload_of
+from cogcache.train.memory.workload import Workload, workload_of
 from cogcache.variants import Variant
 
 __all__ = ["Forecast", "Job", "shortfall", "unloaded_transformer"]
@@ -99,9 +99,7 @@ class Job:
         checkpointing = bool(self.transformer.gradient_checkpointing)
         accumulates = self.config.grad_accum > 1 or self.processes > 1
         memory = estimate(
-            workload_of(
-                self.transformer, self.variant, list(self.clips), self.config.batch_size, self.compute
-            ),
+            self._load(*self.clips),
             measures,
             checkpointing=checkpointing,
             gradients_stay=accumulates,
@@ -120,15 +118,23 @@ class Job:
         )
 
     @property
+    def unit(self) -> int:
+        """Bytes of one block's tokens in the largest bucket: the largest tensor that is kept."""
+        return self._load(*self.clips).unit
+
+    @property
     def largest(self) -> Bucket:
         """The bucket with the most tokens."""
         return max(self.clips, key=lambda bucket: self.variant.video_tokens(bucket.frames, bucket.size))
+
+    def _load(self, *buckets: Bucket) -> Workload:
+        return workload_of(self.transformer, self.variant, buckets, self.config.batch_size, self.compute)
 
     def _flops(self, bucket: Bucket, measures: Measures | None) -> StepFlops:
         return step_flops(self.transformer, self.variant, bucket, self.config.batch_size, measures)
 
     def _step_seconds(self, bucket: Bucket, measures: Measures | None, rates: Rates) -> float:
-        load = workload_of(self.transformer, self.variant, [bucket], self.config.batch_size, self.compute)
+        load = self._load(bucket)
         micro = microbatch_seconds(
             load,
             self._flops(bucket, measures),

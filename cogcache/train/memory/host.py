@@ -13,7 +13,26 @@ from torch import Tensor
 
 from cogcache.streamed import CopyStreams, host_memory
 
-__all__ = ["CopyStreams", "HostPool", "Kept", "host_memory"]
+__all__ = ["CopyStreams", "HostPool", "Kept", "host_memory", "locked_size", "pool_size"]
+
+_MOST, _GOOD = 16, 0.9
+
+
+def locked_size(size: int) -> int:
+    """What torch takes for ``size`` bytes of page-locked memory: the next power of two (``CachingHostAllocator.h``)."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def slab_count(size: int) -> int:
+    """How many buffers of ``size`` bytes are taken at once, so that little is lost to powers of two."""
+    used = {count: count * size / locked_size(count * size) for count in range(1, _MOST + 1)}
+    return next((count for count in used if used[count] >= _GOOD), max(used, key=lambda count: used[count]))
+
+
+def pool_size(size: int, buffers: int) -> int:
+    """What a :class:`HostPool` takes for so many buffers of ``size`` bytes on a GPU's host."""
+    count = slab_count(size)
+    return -(-buffers // count) * locked_size(count * size)
 
 
 @dataclass
@@ -29,10 +48,14 @@ class Kept:
 
 
 class HostPool:
-    """Buffers that are reused, by size; one is given out again only after all copies that touch it."""
+    """Buffers that are reused, by size; one is given out again only after all copies that touch it.
 
-    def __init__(self, streams: CopyStreams) -> None:
-        self.streams = streams
+    Args:
+        least: Bytes of a buffer at least: with that of the largest tensors, batches of all shapes share the buffers.
+    """
+
+    def __init__(self, streams: CopyStreams, least: int = 0) -> None:
+        self.streams, self.least = streams, least
         self._free: dict[int, list[tuple[Tensor, Any]]] = {}
         self.bytes = 0
 
@@ -73,11 +96,17 @@ class HostPool:
         return tensor
 
     def _take(self, count: int) -> tuple[Tensor, Any]:
-        free = self._free.get(count)
-        if free:
-            return free.pop(0)
-        self.bytes += count
-        return host_memory(count, self.streams.device), None
+        count = max(count, self.least)
+        free = self._free.setdefault(count, [])
+        if not free:
+            free += [(buffer, None) for buffer in self._slab(count)]
+        return free.pop(0)
+
+    def _slab(self, size: int) -> list[Tensor]:
+        count = slab_count(size) if self.streams.cuda else 1
+        self.bytes += count * size
+        flat = host_memory(count * size, self.streams.device)
+        return [flat[place * size : (place + 1) * size] for place in range(count)]
 
     @staticmethod
     def _view(kept: Kept) -> Tensor:

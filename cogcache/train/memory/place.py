@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +34,12 @@ class Placement:
     Attributes:
         measures: None where they stay diffusers' own.
         forecast: What a step should take; None where there is no GPU.
+        kept_bytes: Size of the largest tensor that is kept from the forward to the backward pass.
     """
 
     measures: Measures | None
     forecast: Forecast | None = None
+    kept_bytes: int = 0
 
 
 def plan_blocks(
@@ -64,11 +67,22 @@ def plan_blocks(
     job = Job(transformer, samples.variant, clips, config, dtype, accelerator.num_processes)
     card = find_card(torch.cuda.get_device_name(device))
     rates = card.rates if card else measured_rates(device)
-    free = free_memory(device)
+    free = _free(accelerator)
     forecast = choose([job.forecast(tier, measures, rates) for tier, measures in tiers], free)
     if accelerator.is_main_process:
         _tell(forecast, free)
-    return Placement(forecast.measures, forecast)
+    return Placement(forecast.measures, forecast, job.unit)
+
+
+def _free(accelerator: Accelerator) -> Need:
+    """What each process may count on: the least of any GPU, and its share of the host, so that all decide alike."""
+    free = free_memory(accelerator.device)
+    if accelerator.num_processes == 1:
+        return free
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    mine = torch.tensor([[free.device, free.host // neighbours]], device=accelerator.device)
+    device, host = accelerator.gather(mine).amin(dim=0).tolist()
+    return Need(device, host)
 
 
 def _tell(forecast: Forecast, free: Need) -> None:
@@ -92,7 +106,7 @@ def place_blocks(
         The measures; None where the blocks stay diffusers' own.
     """
     if placement.measures is not None:
-        install(transformer, placement.measures, device)
+        install(transformer, placement.measures, device, placement.kept_bytes)
         return placement.measures
     if config.gradient_checkpointing is not False:
         transformer.enable_gradient_checkpointing()  # the non-reentrant kind

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cogcache.geometry import Bucket
+from cogcache.train.memory.host import locked_size
 from cogcache.variants import Variant
 
 __all__ = ["Workload", "workload_of"]
@@ -78,13 +79,8 @@ def workload_of(
         low=rows * ranks * compute.itemsize,
         wide=rows * wide * compute.itemsize,
         cast=0 if compute == held else weights // len(blocks) * compute.itemsize // held.itemsize,
-        locked=sum(page_locked(4 * p.numel()) for p in trained),
+        locked=sum(locked_size(4 * p.numel()) for p in trained),
     )
-
-
-def page_locked(size: int) -> int:
-    """What torch takes for ``size`` bytes of page-locked memory: the next power of two (``CachingHostAllocator.h``)."""
-    return 1 << max(size - 1, 0).bit_length()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
