@@ -105,11 +105,12 @@ class Backend(Protocol):
     def facts(self, key: str, member: Buffer) -> dict[str, Any]:
         """The facts, from the second member alone. Raises as :meth:`unpack` does."""
 
-    def slots(self, folder: Path, group: str, wanted: int, facts: dict[str, Any]) -> int:
+    def slots(self, folder: Path, group: str, wanted: int, planned: int, facts: dict[str, Any]) -> int:
         """Most entries that a new shard of this group in the folder of a series may hold.
 
         Args:
             wanted: What a run asks for; where shards of the group must be alike, it is that of those that are there.
+            planned: Entries for which shards are wanted now.
             facts: What shards of the series say of themselves.
         """
 

@@ -153,7 +153,7 @@ class SeriesFolder:
         used = [parse_shard(name) for s in ("index.jsonl", "plan.json") for name in self._names(s)]
         used += [parse_shard(name) for name, tail, _ in data_files(self._backend, self.path) if not tail]
         first = max((name.number for name in used if name.group_text == group), default=-1) + 1
-        slots = self._backend.slots(self.path, group, entries_per_shard, self._facts)
+        slots = self._backend.slots(self.path, group, entries_per_shard, len(keys), self._facts)
         made: dict[str, int] = {}
         if keys:
             sync_folder(self.path)  # the plans before may be just renamed by a killed process

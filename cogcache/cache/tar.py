@@ -127,9 +127,9 @@ class TarBackend:
         _ = key
         return parse_object(bytes(member))
 
-    def slots(self, folder: Path, group: str, wanted: int, facts: dict[str, Any]) -> int:
+    def slots(self, folder: Path, group: str, wanted: int, planned: int, facts: dict[str, Any]) -> int:
         """As wanted: shards may be of any size."""
-        _ = folder, group, facts
+        _ = folder, group, planned, facts
         return wanted
 
     def side_file(self, shard: str) -> None:

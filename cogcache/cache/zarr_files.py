@@ -34,6 +34,8 @@ __all__ = [
 _METADATA = "zarr.json"
 _NO_GROUP = "all"
 _LONGEST_HEAD = 1 << 20
+_FEWEST_SLOTS = 1024
+"""Of a new array, unless its shards are full with less: 16 KB, for more entries that may come."""
 _CHUNK_KEY = re.compile(r"([0-9x]+|all)/c\.([0-9]+)((?:\.0)+)")
 
 
@@ -104,8 +106,8 @@ def side_file(shard: str) -> str:
     return f"{_folder(parse_shard(shard).group_text)}/{_METADATA}"
 
 
-def slots_of(folder: Path, group: str, wanted: int, facts: dict[str, Any]) -> int:
-    """Rows of a shard of a group: those of shards that are there, planned or sent away, else as wanted."""
+def slots_of(folder: Path, group: str, wanted: int, planned: int, facts: dict[str, Any]) -> int:
+    """Rows of a shard of a group: those of shards that are there, planned or sent away, else as wanted or needed."""
     for path in sorted(folder.glob("*.plan.json")):
         try:
             if parse_shard(path.name.partition(".")[0], folder.name).group_text == group:
@@ -122,7 +124,7 @@ def slots_of(folder: Path, group: str, wanted: int, facts: dict[str, Any]) -> in
             except (OSError, ValueError):
                 continue
     known = known_array(folder, group, facts)
-    return min(known.slots if known else wanted, MAX_SLOTS)
+    return min(known.slots if known else min(wanted, max(planned, _FEWEST_SLOTS)), MAX_SLOTS)
 
 
 def publish(

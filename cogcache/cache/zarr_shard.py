@@ -205,9 +205,9 @@ class ZarrBackend:
         """As :meth:`cogcache.cache.backend.Backend.facts`."""
         return parse_description(key, bytes(member))[1]
 
-    def slots(self, folder: Path, group: str, wanted: int, facts: dict[str, Any]) -> int:
+    def slots(self, folder: Path, group: str, wanted: int, planned: int, facts: dict[str, Any]) -> int:
         """Rows of a shard: all shards of an array have the same number."""
-        return slots_of(folder, group, wanted, facts)
+        return slots_of(folder, group, wanted, planned, facts)
 
     def side_file(self, shard: str) -> str:
         """``49x480x720/zarr.json``."""

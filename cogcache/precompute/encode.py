@@ -239,6 +239,8 @@ def _summary(result: EncodeResult, shards: Location) -> None:
     made = f"{counted(result.encoded, 'latent')}, {counted(result.captions, 'caption')}"
     made += f", {counted(result.images, 'image condition')}" if result.images else ""
     say(f"{shards}: {counted(ready, 'clip')} ready, {len(result.failures)} failed. Encoded now: {made}.")
+    if result.encoded < ready:
+        say(f"What was there before was not read again: 'cogcache verify {shards}' reads every byte.")
     if result.failures:
         table = Table("clip", "reason", title="Failed", title_justify="left")
         for failure in result.failures[:20]:

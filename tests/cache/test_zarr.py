@@ -383,6 +383,19 @@ def test_formats_never_mix(root: Path) -> None:
     assert caught.value.differences == {"backend": ("zarr", "webdataset")}
 
 
+@pytest.mark.parametrize(
+    ("wanted", "planned", "expected"), [(7, 3, 7), (10**6, 3, 1024), (10**6, 1500, 1500), (1200, 1500, 1200)]
+)
+def test_a_new_array_has_room_for_what_is_planned_and_little_more(
+    wanted: int, planned: int, expected: int, tmp_path: Path, fast_disk: FakeOs
+) -> None:
+    """Each slot costs 16 bytes in every shard: a few small entries must not bring megabytes of them."""
+    assert fast_disk
+    writer = CacheWriter.open(tmp_path, identity())
+    writer.plan(TEXT, [f"{n:032x}" for n in range(planned)], wanted, "256")
+    assert json.loads((tmp_path / "text/text-256-00000.plan.json").read_text())["slots"] == expected
+
+
 def test_a_run_that_was_stopped_as_it_began_is_no_damage(root: Path, finished: Path) -> None:
     """``cache.json`` is there, its files for other programs are not yet."""
     for path in root.rglob("zarr.json"):
