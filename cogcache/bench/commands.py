@@ -105,7 +105,7 @@ def _encode(
             help="Folder with videos and captions. Default: 1080p H.264 videos are made and kept in --work."
         ),
     ] = None,
-    clips: Annotated[int, typer.Option(help="Videos made; without --data-root.", min=1)] = 24,
+    clips: Annotated[int, typer.Option(help="Videos made; without --data-root.", min=1)] = 48,
     bucket: Annotated[str, typer.Option(metavar="FxHxW", help="Clip shape.")] = "49x480x720",
     parts: Annotated[
         str,
