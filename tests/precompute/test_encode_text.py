@@ -16,10 +16,11 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 from cogcache.cache.reader import CacheReader
 from cogcache.config import EncodeConfig
 from cogcache.errors import ModelError
-from cogcache.precompute import encode_all
+from cogcache.precompute import encode_all, text
 from cogcache.precompute.datasets import find_clips
 from cogcache.precompute.lane import Running
 from cogcache.precompute.text import FrozenText, choose_batch_size, choose_offload
+from cogcache.precompute.text_blocks import stream_blocks
 from cogcache.tiny import Family
 from cogcache.tiny.weights import randomise
 
@@ -100,12 +101,21 @@ def addresses(block: torch.nn.Module) -> tuple[int, ...]:
     return tuple(p.data_ptr() for name, p in block.named_parameters() if "relative" not in name)
 
 
-def test_offloading_changes_no_byte_of_a_cache(settings: Settings, deep: Path, tmp_path: Path) -> None:
-    made = []
-    for choice in ("on", "off"):
+def test_offloading_changes_no_byte_of_a_cache(
+    settings: Settings, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, streamed = [], list[str]()
+
+    def noted(model: T5EncoderModel, device: torch.device) -> None:
+        streamed.append(choice)
+        stream_blocks(model, device)
+
+    monkeypatch.setattr(text, "stream_blocks", noted)
+    for choice in ("on", "off", "auto"):
         encode_all(settings(model=str(deep), shards=tmp_path / choice, text_offload=choice))
         made.append({path.name: path.read_bytes() for path in (tmp_path / choice / "text").iterdir()})
-    assert made[0] == made[1]
+    assert streamed == ["on"]
+    assert made[0] == made[1] == made[2]
     assert made[0]
 
 
