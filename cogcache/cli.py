@@ -46,9 +46,13 @@ def _config_commands() -> dict[str, tuple[type[BaseModel], Callable[[Any], None]
         encode(config)
 
     def train(config: TrainConfig) -> None:
+        import time
+
+        import psutil
+
         from cogcache.train import train
 
-        train(config)
+        train(config, begun=time.time() - psutil.Process().create_time())
 
     def infer(config: InferConfig) -> None:
         from cogcache.infer import infer

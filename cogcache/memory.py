@@ -12,7 +12,12 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["remembered"]
+__all__ = ["cache_folder", "remembered"]
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/cogcache``, by default ``~/.cache/cogcache``; may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogcache"
 
 
 def remembered(kind: str, path: Path, find_out: Callable[[Path], str]) -> str:
@@ -47,7 +52,7 @@ def _recall(kind: str, path: str, stamp: str) -> str:
 
 @contextlib.contextmanager
 def _memory() -> Iterator[sqlite3.Connection]:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogcache"
+    base = cache_folder()
     base.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(base / "files.sqlite", timeout=10)
     try:

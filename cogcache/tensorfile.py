@@ -7,7 +7,7 @@ safetensors README.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ _LONGEST_HEADER = 100_000_000  # the safetensors library's own bound
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Shapes and dtypes (``F32``, ``BF16``...) by tensor name, and the free text metadata."""
+    """By tensor name: shapes, dtypes (``F32``, ``BF16``...) and bytes of the file, first and behind the last; and the
+    free text metadata."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     metadata: dict[str, str]
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def read_tensor_header(path: Path) -> TensorHeader:
@@ -48,7 +50,9 @@ def read_tensor_header(path: Path) -> TensorHeader:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its metadata is not text")
     shapes = {name: _checked_shape(name, entry, size - 8 - length) for name, entry in header.items()}
-    return TensorHeader(shapes, {name: entry["dtype"] for name, entry in header.items()}, metadata)
+    start = 8 + length
+    places = {n: (start + e["data_offsets"][0], start + e["data_offsets"][1]) for n, e in header.items()}
+    return TensorHeader(shapes, {n: e["dtype"] for n, e in header.items()}, metadata, places)
 
 
 def _checked_shape(name: str, entry: Any, data_size: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from cogcache.cache.files import FileLock
 from cogcache.cache.regular import LARGEST_FILE, read_regular
 from cogcache.errors import StorageError
+from cogcache.memory import cache_folder
 from cogcache.progress import say
 
 __all__ = ["DEFAULT_BYTES", "Lru", "default_folder"]
@@ -27,8 +28,7 @@ _KEPT_SHARE = 0.9
 
 def default_folder() -> Path:
     """``$XDG_CACHE_HOME/cogcache/remote``, by default under ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "cogcache" / "remote"
+    return cache_folder() / "remote"
 
 
 class Lru:

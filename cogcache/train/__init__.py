@@ -6,6 +6,7 @@ A sample's way: shard -> ``data`` (its draws) -> batch -> ``objective`` (noise, 
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,8 +16,13 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 
-def train(config: TrainConfig) -> TrainResult:
-    """Train a LoRA on a cache. See :func:`cogcache.train.stage.train`."""
+def train(config: TrainConfig, *, begun: float = 0.0) -> TrainResult:
+    """Train a LoRA on a cache. See :func:`cogcache.train.stage.train`.
+
+    Args:
+        begun: Seconds that the process has run already, to be told as part of the start.
+    """
+    started = time.perf_counter()
     from cogcache.train.stage import train as run
 
-    return run(config)
+    return run(config, begun=begun + time.perf_counter() - started)

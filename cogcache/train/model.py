@@ -16,6 +16,7 @@ from cogcache.errors import CheckpointError, ConfigError, ModelError
 from cogcache.lora import Provenance, save_lora
 from cogcache.models import loading, torch_dtype
 from cogcache.train.adapter import load_init_lora, peft_config
+from cogcache.train.weights import read_weights
 from cogcache.variants import Variant, weights_dtype
 
 __all__ = [
@@ -47,23 +48,27 @@ def base_dtype(root: Path, choice: str, variant: Variant) -> torch.dtype:
     return torch_dtype(name)
 
 
-def load_transformer(root: Path, dtype: torch.dtype) -> nn.Module:
-    """Load the transformer alone, frozen, on the CPU.
+def load_transformer(root: Path, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
+    """Load the transformer alone, frozen, onto ``device``, by default the CPU.
+
+    As ``from_pretrained`` of diffusers does it, but several threads read. Nothing is drawn at random or held twice.
 
     Raises:
         ModelError: if its weights are missing or damaged.
     """
+    from accelerate import init_empty_weights
     from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 
     with loading("transformer", root):
-        transformer = CogVideoXTransformer3DModel.from_pretrained(
-            root,
-            subfolder="transformer",
-            torch_dtype=dtype,
-            low_cpu_mem_usage=True,
-            local_files_only=True,
-            use_safetensors=True,
-        )
+        config = CogVideoXTransformer3DModel.load_config(root, subfolder="transformer", local_files_only=True)
+        with init_empty_weights(include_buffers=False):
+            transformer = CogVideoXTransformer3DModel.from_config(config)
+        weights = read_weights(root / "transformer", dtype, device or torch.device("cpu"))
+        wanted = transformer.state_dict()
+        differing = [name for name, empty in wanted.items() if weights[name].shape != empty.shape]
+        if differing:
+            raise ValueError(f"{differing[0]} has another shape than the config says")
+        transformer.load_state_dict({name: weights[name] for name in wanted}, assign=True)
     frozen: nn.Module = transformer.requires_grad_(False).train()
     return frozen
 

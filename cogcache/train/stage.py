@@ -28,6 +28,7 @@ from cogcache.train.run import (
     resolve_base,
     run_record,
 )
+from cogcache.train.startup import Startup, import_libraries, keep_compilations
 from cogcache.train.tuning import tuning_for
 from cogcache.train.validation import Validator, VideoShape, check_validation, wants_videos
 
@@ -53,20 +54,27 @@ class TrainResult:
         return self.weights
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, *, begun: float = 0.0) -> TrainResult:
     """Train a LoRA, or all weights, on a cache and write them, with metrics and checkpoints, to the output folder.
 
     The result is a function of the settings, the cache and the base model alone: stopping and resuming at any
     step changes nothing (bit for bit on the CPU).
 
+    Args:
+        begun: Seconds that imports and the rest of the process have taken so far.
+
     Raises:
         CogcacheError: one of its kinds, for everything that can be wrong with settings, cache, model or disk.
         StoppedError: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
+    startup = Startup(begun)
     check_trackers(config)
-    reader = CacheReader(config.shards, _remote(config))
-    training, held_out = split_holdout(reader.samples, config)
-    check_validation(config, reader, held_out)
+    with startup.part("imports"):
+        import_libraries()
+    with startup.part("data"):
+        reader = CacheReader(config.shards, _remote(config))
+        training, held_out = split_holdout(reader.samples, config)
+        check_validation(config, reader, held_out)
     root, model_id, variant = resolve_base(config, reader.manifest, decoder=wants_videos(config, reader))
     config = continue_from(config, variant, root, model_id)
     samples = Samples(reader, variant, config, training)
@@ -78,7 +86,8 @@ def train(config: TrainConfig) -> TrainResult:
             "dtype": str(dtype).removeprefix("torch."),
         }
     )
-    accelerator = open_accelerator(config)
+    with startup.part("GPU"):
+        accelerator = open_accelerator(config)
     placement = plan_blocks(config, accelerator, root, samples, dtype)
     run = run_record(config, reader.manifest, accelerator.num_processes, held_out)
     output, checkpoint = claim_output(config)
@@ -88,11 +97,16 @@ def train(config: TrainConfig) -> TrainResult:
 
     provenance = provenance_of(model_id, variant, reader.manifest, samples.records)
     tuning = tuning_for(config, provenance, accelerator.device, dtype)
-    ceiling = product_ceiling(accelerator.device)
-    transformer = load_transformer(root, tuning.held_in)
-    tuning.prepare(transformer)
-    set_matmul_precision(accelerator.device, dtype)
-    measures = place_blocks(placement, config, transformer, accelerator.device)
+    with startup.part("GPU"):
+        ceiling = product_ceiling(accelerator.device)
+    streamed = placement.measures is not None and placement.measures.weights == "host"
+    if placement.measures is not None and placement.measures.compile:
+        keep_compilations()
+    with startup.part("model"):
+        transformer = load_transformer(root, tuning.held_in, None if streamed else accelerator.device)
+        tuning.prepare(transformer)
+        set_matmul_precision(accelerator.device, dtype)
+        measures = place_blocks(placement, config, transformer, accelerator.device)
     scheduler = load_scheduler(root)
     validator = Validator(
         config,
@@ -126,6 +140,7 @@ def train(config: TrainConfig) -> TrainResult:
     if accelerator.is_main_process:
         _announce(config, output, checkpoint)
         save_config(config, output / "config.yaml")
+        say(startup.line())
     loss = trainer.train()
     if accelerator.is_main_process:
         tuning.write_result(output, transformer)
