@@ -7,6 +7,7 @@ work uses one while the next block's weights arrive in the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = ["CopyStreams", "StreamedWeights", "host_memory", "move_without"]
 
 _ALIGN = 256
 _SLOTS = 2
+_THREADS = 4
 
 
 def host_memory(size: int, device: torch.device) -> Tensor:
@@ -74,15 +76,21 @@ class StreamedWeights:
         self.streams = streams
         self._parameters = parameters
         self._places, size = _layout(parameters[0])
-        self._host: list[Tensor] = []
-        for index, own in enumerate(parameters):
-            self._host.append(_gather(own, self._places, host_memory(size, streams.device)))
-            self._point(index, self._host[index])  # at once, so that only one block is there twice
+        with ThreadPoolExecutor(_THREADS) as pool:  # locking pages takes as long as filling them
+            self._host = list(pool.map(lambda index: self._take_in(index, size), range(len(parameters))))
         self._slots = [torch.empty(size, dtype=torch.uint8, device=streams.device) for _ in range(_SLOTS)]
         self._holds: list[int | None] = [None] * _SLOTS
         self._loaded: list[Any] = [None] * _SLOTS
         self._unused: list[Any] = [None] * _SLOTS
         self.bytes = size * len(parameters)
+
+    def _take_in(self, index: int, size: int) -> Tensor:
+        """Move a block's parameters into a buffer; at once, so that only some blocks are there twice."""
+        device = self.streams.device
+        with torch.cuda.device(device) if self.streams.cuda else nullcontext():
+            flat = _gather(self._parameters[index], self._places, host_memory(size, device))
+        self._point(index, flat)
+        return flat
 
     def enter(self, index: int, following: int) -> None:
         """Let block ``index`` use its weights on the device, and start on those of the block that follows."""

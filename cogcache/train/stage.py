@@ -69,8 +69,6 @@ def train(config: TrainConfig, *, begun: float = 0.0) -> TrainResult:
     """
     startup = Startup(begun)
     check_trackers(config)
-    with startup.part("imports"):
-        import_libraries()
     with startup.part("data"):
         reader = CacheReader(config.shards, _remote(config))
         training, held_out = split_holdout(reader.samples, config)
@@ -86,6 +84,8 @@ def train(config: TrainConfig, *, begun: float = 0.0) -> TrainResult:
             "dtype": str(dtype).removeprefix("torch."),
         }
     )
+    with startup.part("imports"):
+        import_libraries()
     with startup.part("GPU"):
         accelerator = open_accelerator(config)
     placement = plan_blocks(config, accelerator, root, samples, dtype)
@@ -99,11 +99,15 @@ def train(config: TrainConfig, *, begun: float = 0.0) -> TrainResult:
     tuning = tuning_for(config, provenance, accelerator.device, dtype)
     with startup.part("GPU"):
         ceiling = product_ceiling(accelerator.device)
-    streamed = placement.measures is not None and placement.measures.weights == "host"
+    on_host = placement.measures is not None and placement.measures.weights == "host"
+    on_host |= (
+        config.dora
+    )  # whose first magnitudes are norms of the weights, and shall not depend on the device
     if placement.measures is not None and placement.measures.compile:
         keep_compilations()
-    with startup.part("model"):
-        transformer = load_transformer(root, tuning.held_in, None if streamed else accelerator.device)
+    with startup.part("weights"):
+        transformer = load_transformer(root, tuning.held_in, None if on_host else accelerator.device)
+    with startup.part("placing"):
         tuning.prepare(transformer)
         set_matmul_precision(accelerator.device, dtype)
         measures = place_blocks(placement, config, transformer, accelerator.device)

@@ -186,7 +186,7 @@ def test_only_what_compiles_needs_a_place(
     assert len(calls) == compiles
     (ready,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Ready in 1")]
     assert "imports 1" in ready
-    assert all(part in ready for part in ("data", "GPU", "model", "rest"))
+    assert all(part in ready for part in ("data", "GPU", "weights", "placing", "rest"))
 
 
 def test_parts_of_a_start_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
