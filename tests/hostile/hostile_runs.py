@@ -50,12 +50,13 @@ def _engine() -> PlainEngine:
     engine.parameters = dict(module.named_parameters())
     engine.optimizer = make_optimizer(engine.config, engine.parameters)
     engine.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    engine._halted = torch.tensor(False)
     return engine
 
 
 def _update(engine: PlainEngine) -> None:
     engine.backward(torch.stack([parameter.square().sum() for parameter in engine.parameters.values()]).sum())
-    engine.step(1e-3)
+    engine.step(1e-3, torch.tensor(False))
 
 
 def _checkpoint(folder: Path) -> Case:

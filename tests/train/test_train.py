@@ -191,6 +191,10 @@ def test_the_lora_acts_in_the_stock_pipeline_as_it_did_in_training(
     monkeypatch.setattr(stage, "load_transformer", load)
     result = train(settings(steps=3, rank=4, alpha=2.0))
     pipe = CogVideoXPipeline.from_pretrained(tiny_models("5b"))
+    for (
+        tensor
+    ) in pipe.transformer.parameters():  # products round differently where weights begin at another address
+        tensor.data = tensor.data.clone()
     inputs = {
         "hidden_states": torch.randn(1, 3, 16, 4, 6),
         "encoder_hidden_states": torch.randn(1, 226, 32),
