@@ -103,7 +103,9 @@ def _verdict(target: Mapping[str, Any]) -> str:
             break  # those behind it are slower
         if tier["missing"] and tier["tier"] != "plain":
             lines.append(f"  {tier['tier']} does not fit: it needs {tier['missing']}.")
-    head = f"--memory auto takes {target['auto']}." if target["auto"] else "Nothing fits."
+    head = f"--memory auto takes {target['auto']}."
+    if not target["auto"]:
+        head = "Nothing fits. Fewer frames, a smaller size, --batch-size 1 or a lower --rank need less."
     return "\n".join([head, *lines])
 
 

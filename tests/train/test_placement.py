@@ -61,7 +61,11 @@ def test_shapes_alone_give_the_workload_of_the_loaded_model(
     root = tiny_models(family)
     variant = read_variant(root)
     buckets = some_buckets(variant)
-    for changes in ({"rank": 3}, {"rank": 5, "target_modules": ["attention+ff"]}):
+    settings: list[dict[str, Any]] = [
+        {"rank": 3},
+        {"rank": 5, "target_modules": ["attention+ff"], "dora": True},
+    ]
+    for changes in settings:
         config = TrainConfig(shards=Path("unused"), **changes)
         loaded: Any = load_transformer(root, dtype)
         add_lora(loaded, config)

@@ -28,23 +28,24 @@ _CHUNK = 4 * (64 << 20)
 @dataclass(frozen=True)
 class _Work:
     """What is at work in one block's backward pass, in units of its tokens: base, and for each byte of LoRA input
-    outside of attention.
+    outside of attention, and of what goes through layers with DoRA.
     """
 
     base: float
     wide: float
+    dora: float
 
 
-_COMPILED, _EAGER = _Work(17.6, 1.8), _Work(19.6, 1.8)
+_COMPILED, _EAGER = _Work(17.6, 1.8, 4.5), _Work(21.6, 1.8, 4.5)
 """Blocks cut at their attention, whose output was kept."""
-_HEADS_UNITS = 7.0
+_HEADS_UNITS = 5.0
 """Query, key and value and what made them, alive all the while where attention itself is computed again."""
 _TRAVEL_UNITS = 2.0
 """Of each kind that is kept on the host: one tensor in use and one that arrives."""
-_KEEP_ALL = _Work(8.3, 1.2)
+_KEEP_ALL = _Work(8.3, 1.2, 4.7)
 _KEPT_UNITS = 13.1
 """What each block's forward pass keeps where nothing is computed again."""
-_PLAIN, _AUTOCAST = _Work(28.5, 2.6), _Work(30.0, 2.6)
+_PLAIN, _AUTOCAST = _Work(28.5, 2.6, 4.0), _Work(30.0, 2.6, 4.0)
 """diffusers' own blocks with PEFT's float32 products; the same under autocast."""
 _PLAIN_KEPT_UNITS = 28.0
 """As ``_KEPT_UNITS`` for them: without checkpointing."""
@@ -124,7 +125,13 @@ def _kept(load: Workload, how: Measures, *, own: bool) -> dict[str, int]:
     """What the forward pass leaves on the device for the backward pass."""
     if not how.recompute:
         units = _KEPT_UNITS if own else _PLAIN_KEPT_UNITS
-        each = units * load.unit + load.logsumexp + load.low + _KEEP_ALL.wide * load.wide
+        each = (
+            units * load.unit
+            + load.logsumexp
+            + load.low
+            + _KEEP_ALL.wide * load.wide
+            + _KEEP_ALL.dora * load.dora
+        )
         casts = max(load.trained // 2, load.layers * load.cast)
         return {"activations": int(load.layers * each) + casts}
     parts = {"block_inputs": load.layers * (load.text if how.inputs == "host" else load.unit)}
@@ -147,7 +154,7 @@ def _working(load: Workload, how: Measures, *, own: bool) -> int:
         units += _HEADS_UNITS * (how.attention is None)
         units += _TRAVEL_UNITS * ((how.inputs == "host") + (how.attention == "host"))
     low = load.low if own else 2 * load.low  # PEFT's are float32
-    return int(units * load.unit + work.wide * load.wide) + low + load.cast
+    return int(units * load.unit + work.wide * load.wide + work.dora * load.dora) + low + load.cast
 
 
 def _host(load: Workload, how: Measures) -> dict[str, int]:

@@ -29,6 +29,7 @@ class Workload:
         text: The part of ``unit`` that is text.
         low: What is between A and B of all LoRAs of one block, [B, L + S, rank] each.
         wide: Inputs of one block's LoRAs outside of attention.
+        dora: What goes through one block's layers with DoRA, the mean of inputs and outputs.
         cast: One block's weights in the dtype that is computed in, where they are held in another.
         locked: Trained parameters in page-locked host memory, each by itself.
     """
@@ -42,6 +43,7 @@ class Workload:
     text: int = 0
     low: int = 0
     wide: int = 0
+    dora: int = 0
     cast: int = 0
     locked: int = 0
 
@@ -67,7 +69,7 @@ def workload_of(
     compute = compute or held
     rows, dim = batch_size * tokens, variant.num_attention_heads * variant.attention_head_dim
     weights = _bytes(frozen) + _bytes(p for p in trained if len(frozen) == 0)
-    ranks, wide = _lora_widths(blocks[0])
+    ranks, wide, dora = _lora_widths(blocks[0])
     return Workload(
         layers=len(blocks),
         blocks=_bytes(frozen),
@@ -78,6 +80,7 @@ def workload_of(
         text=batch_size * variant.text_length * dim * compute.itemsize,
         low=rows * ranks * compute.itemsize,
         wide=rows * wide * compute.itemsize,
+        dora=rows * dora * compute.itemsize,
         cast=0 if compute == held else weights // len(blocks) * compute.itemsize // held.itemsize,
         locked=sum(locked_size(4 * p.numel()) for p in trained),
     )
@@ -87,11 +90,13 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _lora_widths(block: nn.Module) -> tuple[int, int]:
-    """Sum of the ranks in a block, and of the widths of the inputs of LoRAs outside of attention."""
-    ranks = wide = 0
+def _lora_widths(block: nn.Module) -> tuple[int, int, int]:
+    """Sums over a block: the ranks; the widths of inputs of LoRAs outside of attention; those of layers with DoRA."""
+    ranks = wide = dora = 0
     for name, module in block.named_modules():
-        for lora in getattr(module, "lora_A", {}).values():
+        for adapter, lora in getattr(module, "lora_A", {}).items():
             ranks += lora.out_features
             wide += lora.in_features if name.startswith("ff.") else 0
-    return ranks, wide
+            if adapter in getattr(module, "lora_magnitude_vector", {}):
+                dora += (lora.in_features + module.lora_B[adapter].out_features) // 2
+    return ranks, wide, dora
