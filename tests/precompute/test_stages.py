@@ -18,7 +18,6 @@ import torch
 from cogcache.cache.format import LATENTS, Entry, Identity, ModelRecord, entry_key
 from cogcache.cache.writer import CacheWriter, ShardJob
 from cogcache.errors import ModelError, VideoError
-from cogcache.precompute.lane import Lane
 from cogcache.precompute.stages import Piece, encode_pieces
 from cogcache.precompute.vae import FrozenVae
 from cogcache.tiny import Family
@@ -299,10 +298,3 @@ def test_waiting_counts_only_while_the_device_has_nothing_to_do(writer: Make) ->
     device.let(1)
     thread.join(SOON_S)
     assert outcome[0].waited_s < 0.15 < outcome[0].seconds
-
-
-def test_a_lane_on_the_cpu_hands_over_what_it_was_given() -> None:
-    way, values = Lane(torch.device("cpu")), torch.arange(6.0)
-    assert way.upload(values) is values
-    assert way.download(values, way.mark()).result() is values
-    assert way.busy_s == 0
