@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["open_accelerator", "product_ceiling", "set_matmul_precision"]
 
+_BFLOAT16 = (8, 0)
+"""CUDA capability from which on products in bfloat16 are not emulated."""
 _PATIENCE = timedelta(hours=2)
 """How long a process waits for the others. One with nothing to sample waits while another samples a whole video."""
 
@@ -98,13 +100,16 @@ def set_matmul_precision(device: torch.device, dtype: torch.dtype) -> None:
 def product_ceiling(device: torch.device) -> float | None:
     """Operations a second that a GPU reaches in bfloat16 matrix products, measured in a fifth of a second.
 
-    To be called before anything is on the device: it takes 400 MB for a moment, which no peak counts.
+    None where there is no GPU, or one that only emulates such products. To be called before
+    anything is on the device: it takes 400 MB for a moment, which no peak counts.
     """
     if device.type != "cuda":
         return None
     from cogcache.train.memory.gpus import product_rate
 
     with torch.cuda.device(device):
+        if torch.cuda.get_device_capability(device) < _BFLOAT16:
+            return None
         rate = product_rate(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -53,9 +53,9 @@ def make_optimizer(
 def update_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
     """Update, unless ``skip``, a bool beside the parameters, is true: then weights and state stay as they are.
 
-    On a GPU nobody reads the flag but the kernel of a fused optimizer: it is the one that torch's loss scaling sets.
+    Of a fused optimizer nobody but its kernel reads the flag: it is the one that torch's loss scaling sets.
     """
-    if skip.is_cuda:
+    if optimizer.defaults["fused"]:
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         optimizer.step()
     elif not skip:

@@ -28,6 +28,7 @@ from cogcache.train.clock import StepClock
 from cogcache.train.data import Batch, Samples
 from cogcache.train.late import LateNumbers, Uploads
 from cogcache.train.loop import Trainer
+from cogcache.train.optimizer import load_optimizer_state, make_optimizer, optimizer_state, update_unless
 from cogcache.train.report import Report
 
 Settings = Callable[..., TrainConfig]
@@ -177,6 +178,38 @@ def test_an_overflow_of_float16_leaves_one_update_out_and_shrinks_the_scale(
     norms = [line["grad_norm"] for line in metrics(result.output)]
     assert [norm is None for norm in norms] == [False, True, False, False]
     assert scales[2:] == [scales[1] / 2] * 2
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_fused_update_is_left_out_by_a_flag_that_only_its_kernel_reads(
+    settings: Settings, on_host: bool
+) -> None:
+    """As on a GPU: the CPU has torch's fused kernel, too. Its results are those of the plain one but for rounding."""
+    ends: list[dict[str, Tensor]] = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        weights = {name: torch.nn.Parameter(torch.randn(5)) for name in ("a", "b")}
+        optimizer = make_optimizer(settings(), weights, on_host=on_host, fused=fused)
+        for skip in (False, True, False):
+            for weight in weights.values():
+                weight.grad = torch.full_like(weight, torch.nan) if skip else torch.randn_like(weight)
+            before = {**weights, **optimizer_state(optimizer, weights)}
+            before = {name: tensor.detach().clone() for name, tensor in before.items()}
+            flag = torch.tensor(skip)
+            with Reads() as reads:
+                update_unless(optimizer, flag)
+            assert not (fused and reads.found)
+            after = {**weights, **optimizer_state(optimizer, weights)}
+            assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) == skip
+        assert all(value == 2 for name, value in after.items() if name.endswith(".step"))
+        again = make_optimizer(settings(), weights, on_host=on_host, fused=fused)
+        load_optimizer_state(again, weights, optimizer_state(optimizer, weights))
+        assert equal(
+            [*optimizer_state(again, weights).values()], [*optimizer_state(optimizer, weights).values()]
+        )
+        ends.append({name: tensor.detach().clone() for name, tensor in after.items()})
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], rtol=1e-5, atol=1e-7)
 
 
 class Reads(TorchDispatchMode):
