@@ -113,6 +113,12 @@ class Connection:
             return {}
         return {str(e["name"]).rpartition("/")[2]: int(e["size"]) for e in found if e["type"] == "file"}
 
+    def tree(self, folder: str) -> list[str]:
+        """Names of all files below ``folder``, as the other methods take them, in order."""
+        path = self._path(folder).rstrip("/")
+        inside = len(self._fs._strip_protocol(path)) + 1
+        return sorted(f"{folder}/{name[inside:]}" for name in self._call(self._fs.find, path))
+
 
 def _file_system(url: Url) -> Any:
     module, extra = _PACKAGES.get(url.protocol, ("", ""))

@@ -216,9 +216,8 @@ class Mirror:
     def drop(self, series: str) -> None:
         """Remove a series from the server, its manifest first: until the next commit the cache is unfinished."""
         self._server.remove(MANIFEST_FILE)
-        names = self._server.names(series)
-        for name in sorted(names, key=lambda name: not name.endswith(".index.jsonl")):
-            self._server.remove(f"{series}/{name}")
+        for name in sorted(self._server.tree(series), key=lambda name: not name.endswith(".index.jsonl")):
+            self._server.remove(name)
 
     def _send_identity(self) -> None:
         data = (self._root / IDENTITY_FILE).read_bytes()

@@ -202,6 +202,23 @@ def test_two_stagings_never_overwrite_each_other(s3: Place, tmp_path: Path) -> N
     assert snapshot(s3.folder / "two") == before
 
 
+def test_a_series_is_dropped_with_all_its_folders_and_no_other(
+    s3: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{s3.url}/dropped"
+    connection = Connection(Url(url), patience=5)
+    kept = ["cache.json", "images-of-another-kind/a.tar", "latents/a/c/0"]
+    dropped = ["images/49x64/c/0/0", "images/49x64/zarr.json", "images/a.tar", "images/b.index.jsonl"]
+    for name in (*kept, *dropped, "manifest.json"):
+        connection.upload(b"x", name)
+    steps = Steps(monkeypatch)
+    Mirror(Url(url), tmp_path / "staging", patience=5).drop("images")
+    assert sorted(snapshot(s3.folder / "dropped")) == kept
+    assert steps.log[:2] == ["manifest.json", "images/b.index.jsonl"]
+    Mirror(Url(url), tmp_path / "staging", patience=5).drop("images")  # nothing is there
+    assert sorted(snapshot(s3.folder / "dropped")) == kept
+
+
 def test_a_web_server_is_only_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="can only be read") as caught:
         Mirror(Url("https://server/clips"), tmp_path)
