@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ["write_tokenizer"]
@@ -41,8 +42,11 @@ _PLACES = (
 )
 
 
-def write_tokenizer(folder: Path, text_length: int) -> None:
+def write_tokenizer(folder: Path, text_length: int, captions: Sequence[str] = ()) -> None:
     """Train the tokenizer and write it to ``folder``; the same bytes every time.
+
+    Args:
+        captions: What it learns from. Default: made-up ones.
 
     Ids are T5's: 0 is padding, 1 the end, 2 unknown. All printable ASCII characters are known.
     """
@@ -50,7 +54,7 @@ def write_tokenizer(folder: Path, text_length: int) -> None:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_captions()),
+        sentence_iterator=iter(captions or _captions()),
         model_writer=model,
         model_type="unigram",
         vocab_size=384,

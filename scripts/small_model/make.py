@@ -1,0 +1,190 @@
+"""Make the small CogVideoX from nothing: clips, VAE, text encoder, then three transformers on an encoded cache.
+
+    python scripts/small_model/make.py WORK [--footage FILE.jsonl] [--quick]
+
+Everything it makes stays in WORK; a part that is there is not made again. The transformers are trained by ``cogcache
+encode`` and ``cogcache train --training-type full``, as any other model would be. ``--quick`` does some steps of
+each, to see that all of it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from clips import choose_scenes, read_clips, write_clips
+from networks import calibrate, psnr, train_text, train_vae
+
+from cogcache.quiet import quiet_libraries
+from cogcache.small.architecture import FRAMES, HEIGHT, KINDS, WIDTH, Kind, small_facts
+from cogcache.tiny.tokenizer import write_tokenizer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FULL = {
+    "clips": 6000, "held_out": 40, "vae": 6000, "vae_batch": 16, "text": 2000,
+    "t2v": 12000, "i2v": 6000, "t2v-1.5": 10000, "batch": 64,
+}  # fmt: skip
+QUICK = {
+    "clips": 24, "held_out": 4, "vae": 3, "vae_batch": 2, "text": 3,
+    "t2v": 2, "i2v": 2, "t2v-1.5": 2, "batch": 4,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--footage", type=Path, action="append", default=[])
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    plan, work = QUICK if given.quick else FULL, given.work
+    part(work / "clips", lambda out: make_clips(out, plan, given.footage))
+    part(work / "shared", lambda out: make_shared(out, work / "clips", plan))
+    for kind in KINDS:
+        part(work / "start" / kind, lambda out, kind=kind: make_start(out, work, kind))
+        make_shards(work, kind)
+        train(work, kind, plan)
+        part(work / "models" / kind, lambda out, kind=kind: finish(out, work, kind))
+
+
+def part(out: Path, make: Callable[[Path], None]) -> None:
+    """Make a folder, complete or not at all."""
+    if out.exists():
+        return
+    started, staging = time.perf_counter(), out.with_name(f".{out.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    make(staging)
+    staging.replace(out)
+    print(f"made {out} in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def make_clips(out: Path, plan: dict[str, int], footage: list[Path]) -> None:
+    workers = os.cpu_count() or 1
+    scenes, held_out = choose_scenes(plan["clips"], plan["held_out"])
+    write_clips(out / "train", scenes, footage, workers)
+    write_clips(out / "held_out", held_out, [], workers)
+
+
+def make_shared(out: Path, clips: Path, plan: dict[str, int]) -> None:
+    """VAE, tokenizer and text encoder, float32, with what they reach."""
+    from diffusers import AutoencoderKLCogVideoX
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    facts, workers = small_facts("t2v"), os.cpu_count() or 1
+    seen, unseen = (torch.from_numpy(read_clips(clips / name, workers)) for name in ("train", "held_out"))
+    vae = AutoencoderKLCogVideoX(**facts.vae())
+    train_vae(vae, seen, DEVICE, steps=plan["vae"], batch=plan["vae_batch"], crop=(64, 96))
+    reached: dict[str, Any] = {"psnr_before_scaling": mean(psnr(vae, unseen, DEVICE))}
+    reached["spread"] = calibrate(vae, seen[:: max(1, len(seen) // 64)], DEVICE, facts.scaling_factor)
+    reached["psnr"] = mean(psnr(vae, unseen, DEVICE))
+    captions = [
+        json.loads(line)["text"] for line in (clips / "train" / "metadata.jsonl").read_text().splitlines()
+    ]
+    write_tokenizer(out / "tokenizer", facts.text_length, sorted(set(captions)))
+    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+    encoder = T5EncoderModel(T5Config(**facts.text_encoder(len(tokenizer))))
+    train_text(encoder, tokenizer, sorted(set(captions)), DEVICE, steps=plan["text"], batch=256)
+    vae.save_pretrained(out / "vae")
+    encoder.save_pretrained(out / "text_encoder")
+    (out / "reached.json").write_text(json.dumps(reached, indent=2) + "\n")
+    print(reached, flush=True)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def make_start(out: Path, work: Path, kind: Kind) -> None:
+    """A model folder whose transformer is new; that of image-to-video begins as the text-to-video one that is done."""
+    import diffusers
+    from diffusers import CogVideoXTransformer3DModel
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    torch.manual_seed(1)
+    facts, shared = small_facts(kind), work / "shared"
+    vae = diffusers.AutoencoderKLCogVideoX.from_pretrained(shared / "vae")
+    wanted = facts.vae()
+    vae.register_to_config(**{name: wanted[name] for name in ("scaling_factor", "invert_scale_latents")})
+    transformer = CogVideoXTransformer3DModel(**facts.transformer())
+    if facts.image_to_video:
+        begin_from(transformer, work / "models" / "t2v" / "transformer")
+    pipeline = getattr(diffusers, facts.pipeline)(
+        tokenizer=AutoTokenizer.from_pretrained(shared / "tokenizer"),
+        text_encoder=T5EncoderModel.from_pretrained(shared / "text_encoder"),
+        scheduler=diffusers.CogVideoXDDIMScheduler(**facts.scheduler()),
+        transformer=transformer,
+        vae=vae,
+    )
+    with quiet_libraries():
+        pipeline.save_pretrained(out)
+    shutil.rmtree(out / "tokenizer")
+    shutil.copytree(shared / "tokenizer", out / "tokenizer")
+
+
+def begin_from(transformer: Any, folder: Path) -> None:
+    """Take over all weights; those of the image's channels begin at zero."""
+    from safetensors.torch import load_file
+
+    own = transformer.state_dict()
+    for name, tensor in load_file(next(folder.glob("*.safetensors"))).items():
+        if own[name].shape == tensor.shape:
+            own[name] = tensor.float()
+        else:
+            own[name] = torch.zeros_like(own[name])
+            own[name][:, : tensor.shape[1]] = tensor.float()
+    transformer.load_state_dict(own)
+
+
+def make_shards(work: Path, kind: Kind) -> None:
+    size = ["--frames", str(FRAMES), "--size", f"{HEIGHT}x{WIDTH}", "--fps", "8"]
+    draws = ["--image-draws", "4"] if small_facts(kind).image_to_video else []
+    command("encode", "--data-root", work / "clips" / "train", "--model", work / "start" / kind, *size, *draws,
+            "--shards", work / "shards" / kind, "--vae-dtype", "float32", "--text-dtype", "float32")  # fmt: skip
+
+
+def train(work: Path, kind: Kind, plan: dict[str, int]) -> None:
+    out = work / "runs" / kind
+    if (out / "transformer").exists():
+        return
+    command("train", "--training-type", "full", "--shards", work / "shards" / kind, "--model", work / "start" / kind,
+            "--output", out, "--resume", "latest", "--steps", plan[kind], "--batch-size", plan["batch"],
+            "--lr", "1e-3" if kind != "i2v" else "5e-4", "--lr-scheduler", "cosine",
+            "--warmup-steps", max(1, plan[kind] // 50), "--caption-dropout", "0.1", "--checkpoint-every", "2000",
+            "--keep-checkpoints", "1", "--log-every", max(1, plan[kind] // 100),
+            "--dtype", "bfloat16" if DEVICE.type == "cuda" else "float32")  # fmt: skip
+
+
+def finish(out: Path, work: Path, kind: Kind) -> None:
+    """The start's folder with the trained transformer, all weights in bfloat16."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(work / "start" / kind, out, dirs_exist_ok=True)
+    shutil.copytree(work / "runs" / kind / "transformer", out / "transformer", dirs_exist_ok=True)
+    for file in out.rglob("*.safetensors"):
+        save_file(
+            {name: value.to(torch.bfloat16).contiguous() for name, value in load_file(file).items()},
+            file,
+            {"format": "pt"},
+        )
+
+
+def command(*words: object) -> None:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "cogcache", *map(str, words)], check=True)
+    print(f"{words[0]} took {time.perf_counter() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

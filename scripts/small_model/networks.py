@@ -1,0 +1,134 @@
+"""Training of the VAE and of the text encoder: what ``cogcache`` itself has no command for."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+KL_WEIGHT = 1e-6
+MASKED = 0.3
+
+
+def psnr(vae: Any, clips_bfhwc: Tensor, device: torch.device) -> list[float]:
+    """PSNR in dB of the decoded posterior mean of each uint8 clip [F, H, W, 3]."""
+    values = []
+    with torch.inference_mode():
+        for clip in clips_bfhwc:
+            pixels = to_pixels(clip[None].to(device))
+            decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float().clamp(-1, 1)
+            values.append(float(10 * torch.log10(4 / (decoded - pixels).square().mean())))
+    return values
+
+
+def to_pixels(clips_bfhwc: Tensor) -> Tensor:
+    """uint8 [B, F, H, W, 3] to float32 [B, 3, F, H, W] in -1..1."""
+    return clips_bfhwc.permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
+
+
+def train_vae(
+    vae: Any, clips_bfhwc: Tensor, device: torch.device, *, steps: int, batch: int, crop: tuple[int, int]
+) -> None:
+    """Reconstruction (L1, and L1 of neighbours' differences, which keeps edges sharp) and a small KL term.
+
+    Args:
+        clips_bfhwc: uint8, all training clips.
+        crop: Height and width of the random crops that are trained on.
+    """
+    vae.requires_grad_(True).train().to(device)
+
+    def loss() -> Tensor:
+        pixels = to_pixels(_crops(clips_bfhwc, batch, crop).to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            posterior = vae.encode(pixels).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+        away = decoded.float() - pixels
+        edges = away.diff(dim=-1).abs().mean() + away.diff(dim=-2).abs().mean()
+        return away.abs().mean() + 0.5 * edges + KL_WEIGHT * posterior.kl().mean()
+
+    _optimise("vae", vae.parameters(), loss, steps, lr=1e-3)
+    vae.requires_grad_(False).eval()
+
+
+def _crops(clips_bfhwc: Tensor, batch: int, crop: tuple[int, int]) -> Tensor:
+    (height, width), (most_down, most_right) = (
+        crop,
+        (clips_bfhwc.shape[2] - crop[0], clips_bfhwc.shape[3] - crop[1]),
+    )
+    rows = []
+    for _ in range(batch):
+        number, down, right = (
+            int(torch.randint(most + 1, ())) for most in (len(clips_bfhwc) - 1, most_down, most_right)
+        )
+        piece = clips_bfhwc[number, :, down : down + height, right : right + width]
+        rows.append(piece.flip(2) if torch.rand(()) < 0.5 else piece)
+    return torch.stack(rows)
+
+
+def calibrate(vae: Any, clips_bfhwc: Tensor, device: torch.device, scaling_factor: float) -> float:
+    """Give latents the spread ``1 / scaling_factor``, so that the families' scale facts hold; the spread they had.
+
+    The last layer of the encoder and all layers of the decoder that see latents are scaled; reconstructions stay.
+    """
+    with torch.inference_mode():
+        latents = [vae.encode(to_pixels(clip[None].to(device))).latent_dist.mean for clip in clips_bfhwc]
+    spread = float(torch.cat(latents).std())
+    gain = 1 / (scaling_factor * spread)
+    out = vae.encoder.conv_out.conv
+    channels = out.out_channels // 2
+    with torch.no_grad():
+        out.weight[:channels] *= gain
+        out.bias[:channels] *= gain
+        out.bias[channels:] += 2 * math.log(gain)
+        for name, module in vae.decoder.named_modules():
+            if name == "conv_in" or name.endswith(("conv_y", "conv_b")):
+                module.conv.weight /= gain
+    return spread
+
+
+def train_text(
+    encoder: Any, tokenizer: Any, captions: Sequence[str], device: torch.device, *, steps: int, batch: int
+) -> None:
+    """Teach it to tell masked words from those around them, so that its embeddings know the sentence."""
+    encoder.requires_grad_(True).train().to(device)
+    ids = tokenizer(list(captions), padding=True, return_tensors="pt").input_ids.to(device)
+    mask_id = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    head = nn.Linear(encoder.config.d_model, len(tokenizer)).to(device)
+
+    def loss() -> Tensor:
+        rows = ids[torch.randint(len(ids), (batch,), device=device)]
+        hidden = (torch.rand(rows.shape, device=device) < MASKED) & (rows != tokenizer.pad_token_id)
+        seen = torch.where(hidden, mask_id, rows)
+        logits = head(encoder(seen)[0])
+        return functional.cross_entropy(logits[hidden], rows[hidden])
+
+    _optimise("text", [*encoder.parameters(), *head.parameters()], loss, steps, lr=1e-3)
+    encoder.requires_grad_(False).eval()
+
+
+def _optimise(name: str, parameters: Any, loss: Callable[[], Tensor], steps: int, lr: float) -> None:
+    """AdamW with a warm-up and a cosine to zero; tells how it goes twenty times."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    warm_up = min(100, steps // 10 + 1)
+    shape = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))),
+    )
+    started = time.perf_counter()
+    for step in range(1, steps + 1):
+        value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        shape.step()
+        if step % max(1, steps // 20) == 0:
+            spent = time.perf_counter() - started
+            print(
+                f"{name}: step {step} of {steps}, loss {float(value.detach()):.4f}, {spent:.0f} s", flush=True
+            )
