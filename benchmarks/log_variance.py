@@ -109,7 +109,7 @@ def sizes(moments_bcfhw: Any) -> str:
     """Bytes of a clip's tensors in both forms, in tar shards and in zarr shards with compression."""
     from cogcache.cache.moments import MOMENTS, MOMENTS_8BIT, pack_moments
     from cogcache.cache.tensors import dump_tensors
-    from cogcache.cache.zarr_chunk import encode as chunk
+    from cogcache.cache.zarr.chunk import encode as chunk
 
     forms = {MOMENTS: moments_bcfhw, MOMENTS_8BIT: [pack_moments(moments) for moments in moments_bcfhw]}
     said = []

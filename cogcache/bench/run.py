@@ -15,7 +15,7 @@ from cogcache.bench.random_cache import random_cache, real_variant
 from cogcache.cache.backend import BACKENDS
 from cogcache.cache.format import MANIFEST_FILE
 from cogcache.cache.reader import CacheReader
-from cogcache.cache.remote import RemoteOptions
+from cogcache.cache.remote.storage import RemoteOptions
 from cogcache.errors import ConfigError
 from cogcache.geometry import parse_bucket
 from cogcache.progress import console

@@ -6,7 +6,7 @@
 - :mod:`cogcache.cache.files` -- durable files: atomic replace, fsync, locks, journal lines
 - :mod:`cogcache.cache.backend` -- what a backend must provide
 - :mod:`cogcache.cache.tar` -- the webdataset backend: entries as members of tar files
-- :mod:`cogcache.cache.zarr_shard` -- the zarr backend: entries as chunks of sharded zarr v3 arrays
+- :mod:`cogcache.cache.zarr.shard` -- the zarr backend: entries as chunks of sharded zarr v3 arrays
 - :mod:`cogcache.cache.shard` -- one shard of any backend: durable appends, recovery, checked reads
 - :mod:`cogcache.cache.writer` -- the commit protocol
 - :mod:`cogcache.cache.reader` -- indexed, checked reads

@@ -152,7 +152,7 @@ def backend_of(name: BackendName, compression: ZarrCompression = "zstd") -> Back
         compression: Of new zarr arrays; those that are there keep theirs.
     """
     from cogcache.cache.tar import TarBackend
-    from cogcache.cache.zarr_shard import ZarrBackend
+    from cogcache.cache.zarr.shard import ZarrBackend
 
     return ZarrBackend(compression) if name == "zarr" else TarBackend()
 

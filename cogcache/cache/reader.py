@@ -26,7 +26,7 @@ from cogcache.cache.format import (
 from cogcache.cache.index import parse_index
 from cogcache.cache.moments import moments_of
 from cogcache.cache.names import is_series, parse_shard
-from cogcache.cache.remote import RemoteOptions, open_storage
+from cogcache.cache.remote.storage import RemoteOptions, open_storage
 from cogcache.cache.shard import ShardReader
 from cogcache.cache.storage import Storage
 from cogcache.cache.stored import Contents

@@ -65,7 +65,7 @@ class Left(NamedTuple):
 
 
 class Copy(Protocol):
-    """Where what is committed is sent to as well (:class:`cogcache.cache.mirror.Mirror`)."""
+    """Where what is committed is sent to as well (:class:`cogcache.cache.remote.mirror.Mirror`)."""
 
     def send_shard(self, folder: SeriesFolder, name: str) -> None:
         """Called for every shard, once it is committed."""

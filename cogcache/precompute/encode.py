@@ -17,7 +17,7 @@ import torch
 
 from cogcache.cache.drop import drop_series
 from cogcache.cache.format import IMAGES, LATENTS, TEXT, FailureRecord, Manifest
-from cogcache.cache.mirror import Mirror
+from cogcache.cache.remote.mirror import Mirror
 from cogcache.cache.rounds import fill_in_rounds
 from cogcache.cache.writer import CacheWriter
 from cogcache.config import EncodeConfig

@@ -21,8 +21,8 @@ from cogcache.cache.format import (
     sort_buckets,
 )
 from cogcache.cache.identity import read_identity
-from cogcache.cache.mirror import staging_folder
 from cogcache.cache.moments import PACKED_DTYPES
+from cogcache.cache.remote.mirror import staging_folder
 from cogcache.config import EncodeConfig
 from cogcache.cores import reading_threads
 from cogcache.errors import ConfigError

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogcache.cache.reader import CacheReader
-from cogcache.cache.remote import RemoteOptions
+from cogcache.cache.remote.storage import RemoteOptions
 from cogcache.config import TrainConfig
 from cogcache.config_io import save_config
 from cogcache.progress import say

@@ -23,8 +23,8 @@ from cogcache.cache.reader import CacheReader
 from cogcache.cache.repair import repair_cache
 from cogcache.cache.transfer import export_shards
 from cogcache.cache.writer import CacheWriter
-from cogcache.cache.zarr_array import ZarrArray
-from cogcache.cache.zarr_chunk import MAX_BYTES, crc32c, decode, encode, sound
+from cogcache.cache.zarr.array import ZarrArray
+from cogcache.cache.zarr.chunk import MAX_BYTES, crc32c, decode, encode, sound
 from cogcache.errors import CacheError, MismatchError
 
 pytestmark = pytest.mark.parametrize("backend", ["zarr"], indirect=True, scope="session")

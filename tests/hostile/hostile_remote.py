@@ -15,9 +15,9 @@ from hostile_kit import Case, Target
 from hostile_mutations import NUMBERS, mutate_bytes
 from hostile_server import NOBODY
 
-from cogcache.cache import connection, lru
 from cogcache.cache.reader import CacheReader
-from cogcache.cache.remote import RemoteOptions, RemoteStorage
+from cogcache.cache.remote import connection, lru
+from cogcache.cache.remote.storage import RemoteOptions, RemoteStorage
 
 __all__ = ["remote_targets"]
 

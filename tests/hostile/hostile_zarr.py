@@ -29,7 +29,7 @@ from cogcache.cache.check import check_cache
 from cogcache.cache.checksum import crc32
 from cogcache.cache.format import EntryRecord, MemberRecord, canonical_json
 from cogcache.cache.index import build_index, parse_index
-from cogcache.cache.zarr_chunk import CRC_SIZE, DTYPES, crc32c, decode, encode
+from cogcache.cache.zarr.chunk import CRC_SIZE, DTYPES, crc32c, decode, encode
 from cogcache.errors import CacheError
 
 __all__ = ["ZarrBox", "zarr_targets"]

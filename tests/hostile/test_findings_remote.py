@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cogcache.cache import connection
-from cogcache.cache.connection import Connection
-from cogcache.cache.lru import Lru
+from cogcache.cache.remote import connection
+from cogcache.cache.remote.connection import Connection
+from cogcache.cache.remote.lru import Lru
 from cogcache.errors import CacheError
 from cogcache.location import Url
 

@@ -28,7 +28,7 @@ from cogcache.cache.lines import dump_sealed, parse_json, seal_line
 from cogcache.cache.reader import CacheReader
 from cogcache.cache.repair import repair_cache
 from cogcache.cache.writer import CacheWriter
-from cogcache.cache.zarr_array import ZarrArray
+from cogcache.cache.zarr.array import ZarrArray
 from cogcache.errors import CheckpointError, CogcacheError, DamagedCacheError
 from cogcache.inspect.gather import gather
 from cogcache.inspect.latents import look_at

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cogcache.cache import lru
 from cogcache.cache.files import FileLock
-from cogcache.cache.lru import Lru
+from cogcache.cache.remote import lru
+from cogcache.cache.remote.lru import Lru
 
 LIMIT = 20_000
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from cogcache.cache import patience
-from cogcache.cache.patience import Patience
-from cogcache.cache.remote import RemoteOptions, RemoteStorage
+from cogcache.cache.remote import patience
+from cogcache.cache.remote.patience import Patience
+from cogcache.cache.remote.storage import RemoteOptions, RemoteStorage
 from cogcache.errors import CacheError
 from cogcache.location import Url
 

@@ -12,9 +12,9 @@ from making_videos import picture, write_video
 from servers import Place
 
 from cogcache.cache.backend import BACKENDS
-from cogcache.cache.connection import Connection
 from cogcache.cache.format import LATENTS, TEXT
 from cogcache.cache.reader import CacheReader
+from cogcache.cache.remote.connection import Connection
 from cogcache.cli import run
 from cogcache.tiny import Family
 

@@ -15,11 +15,11 @@ import pytest
 from safetensors.torch import load_file
 from servers import Place, requests
 
-from cogcache.cache import patience
-from cogcache.cache.connection import Connection
 from cogcache.cache.format import LATENTS
 from cogcache.cache.reader import CacheReader
-from cogcache.cache.remote import RemoteOptions
+from cogcache.cache.remote import patience
+from cogcache.cache.remote.connection import Connection
+from cogcache.cache.remote.storage import RemoteOptions
 from cogcache.cli import run
 from cogcache.config import TrainConfig
 from cogcache.errors import CacheError, DamagedCacheError

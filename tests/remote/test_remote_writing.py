@@ -28,12 +28,12 @@ from cache_kit import (
     snapshot,
 )
 
-from cogcache.cache import patience
-from cogcache.cache.connection import Connection
 from cogcache.cache.format import LATENTS, TEXT, FailureRecord, Manifest
-from cogcache.cache.mirror import Mirror
 from cogcache.cache.reader import CacheReader
-from cogcache.cache.remote import RemoteOptions
+from cogcache.cache.remote import patience
+from cogcache.cache.remote.connection import Connection
+from cogcache.cache.remote.mirror import Mirror
+from cogcache.cache.remote.storage import RemoteOptions
 from cogcache.cache.writer import CacheWriter
 from cogcache.errors import CacheError, ConfigError, MismatchError
 from cogcache.location import Url

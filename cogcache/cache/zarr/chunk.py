@@ -1,6 +1,6 @@
 """One tensor as the bytes of a zarr chunk, and back: little-endian values, blosc, crc32c.
 
-Stock zarr decodes the same bytes with the codecs that :mod:`cogcache.cache.zarr_array` names. Nothing in a header is
+Stock zarr decodes the same bytes with the codecs that :mod:`cogcache.cache.zarr.array` names. Nothing in a header is
 believed before it agrees with the size that is expected, so a forged one takes no memory.
 """
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogcache.cache.connection import Connection
 from cogcache.cache.index import Member
-from cogcache.cache.lru import DEFAULT_BYTES, Lru, default_folder
+from cogcache.cache.remote.connection import Connection
+from cogcache.cache.remote.lru import DEFAULT_BYTES, Lru, default_folder
 from cogcache.cache.storage import LocalStorage, Storage, checked
 from cogcache.cache.tensors import Buffer
 from cogcache.location import Location, Url
@@ -30,7 +30,7 @@ class RemoteOptions:
     """How a cache at a URL is used.
 
     Args:
-        folder: What is fetched is kept here; None for :func:`~cogcache.cache.lru.default_folder`.
+        folder: What is fetched is kept here; None for :func:`~cogcache.cache.remote.lru.default_folder`.
         limit: Bytes kept at most; 0 keeps nothing.
         patience: Seconds to wait for a server that does not answer any more; one that never did gets half a minute.
     """

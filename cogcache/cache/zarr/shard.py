@@ -31,9 +31,9 @@ from cogcache.cache.lines import parse_object
 from cogcache.cache.names import parse_shard
 from cogcache.cache.stored import Contents, contents_of, entry_of
 from cogcache.cache.tensors import Buffer
-from cogcache.cache.zarr_array import RANKS, ZarrArray, description, parse_description
-from cogcache.cache.zarr_chunk import CRC_SIZE, crc32c, decode, encode, sound
-from cogcache.cache.zarr_files import (
+from cogcache.cache.zarr.array import RANKS, ZarrArray, description, parse_description
+from cogcache.cache.zarr.chunk import CRC_SIZE, crc32c, decode, encode, sound
+from cogcache.cache.zarr.files import (
     check_same_array,
     data_file,
     known_array,

@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 
 from cogcache.cache.format import IMAGES, LATENTS, TEXT, ZarrCompression, canonical_json
 from cogcache.cache.lines import parse_object, pretty_json
-from cogcache.cache.zarr_chunk import DTYPES, LEVEL, MAX_BYTES
+from cogcache.cache.zarr.chunk import DTYPES, LEVEL, MAX_BYTES
 
 __all__ = [
     "METADATA",

@@ -16,7 +16,7 @@ from cogcache.cache.lines import load_sealed, parse_object
 from cogcache.cache.names import ShardName, parse_shard
 from cogcache.cache.regular import open_regular, read_regular
 from cogcache.cache.stored import head_facts
-from cogcache.cache.zarr_array import RANKS, ZarrArray, array_json, group_json, parse_array, parse_description
+from cogcache.cache.zarr.array import RANKS, ZarrArray, array_json, group_json, parse_array, parse_description
 from cogcache.errors import CacheError, MismatchError
 
 __all__ = [

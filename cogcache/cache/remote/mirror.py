@@ -11,15 +11,15 @@ import hashlib
 from pathlib import Path
 
 from cogcache.cache.backend import backend_of
-from cogcache.cache.connection import Connection
 from cogcache.cache.files import make_folder, remove, write_atomic
 from cogcache.cache.folder import SeriesFolder
 from cogcache.cache.format import IDENTITY_FILE, JOURNAL_FILE, MANIFEST_FILE, Identity, Manifest
 from cogcache.cache.identity import admit, read_identity
 from cogcache.cache.index import parse_index
 from cogcache.cache.lines import load_sealed
-from cogcache.cache.lru import default_folder
-from cogcache.cache.remote import RemoteOptions
+from cogcache.cache.remote.connection import Connection
+from cogcache.cache.remote.lru import default_folder
+from cogcache.cache.remote.storage import RemoteOptions
 from cogcache.cache.storage import LocalStorage
 from cogcache.cache.tables import pending, read_manifest
 from cogcache.cache.writer import cache_lock

@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cogcache.cache.http import fetch_part, fetch_whole
-from cogcache.cache.patience import Patience
 from cogcache.cache.regular import LARGEST_FILE
+from cogcache.cache.remote.http import fetch_part, fetch_whole
+from cogcache.cache.remote.patience import Patience
 from cogcache.errors import CacheError
 from cogcache.location import Url
 
