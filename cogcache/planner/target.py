@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 
@@ -58,8 +59,14 @@ def choose_targets(
         link: GB/s between host and GPU.
 
     Raises:
-        ConfigError: if ``gpu`` is none that is known and its speed or memory is not given.
+        ConfigError: if ``gpu`` is none that is known and its speed or memory is not given, or if a number is
+            not finite.
     """
+    if not all(isfinite(value) for value in (gpu_memory, gpu_tflops, link, host_memory) if value is not None):
+        raise ConfigError(
+            "--gpu-memory, --gpu-tflops, --link and --host-memory must be finite.",
+            "Leave out what is unlimited.",
+        )
     host = _UNLIMITED if host_memory is None else max(int(host_memory * 2**30) - _SYSTEM, 0)
     known = host_memory is not None
     if gpu is None and gpu_memory is None and gpu_tflops is None:

@@ -101,7 +101,8 @@ def _verdict(target: Mapping[str, Any]) -> str:
     for tier in target["tiers"]:
         if tier["tier"] == target["auto"]:
             break  # those behind it are slower
-        if tier["missing"] and tier["tier"] != "plain":
+        alone = len(target["tiers"]) == 1  # else ``auto`` never takes plain: it needs more than balanced
+        if tier["missing"] and (alone or tier["tier"] != "plain"):
             lines.append(f"  {tier['tier']} does not fit: it needs {tier['missing']}.")
     head = f"--memory auto takes {target['auto']}."
     if not target["auto"]:

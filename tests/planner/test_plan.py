@@ -173,6 +173,11 @@ def test_accumulation_and_full_training() -> None:
     assert "all weights trained" in text
 
 
+def test_what_full_training_lacks_is_said() -> None:
+    _, text = make_plan(PlanRequest(family="5b", gpu_memory=80, training={"training_type": "full"}))
+    assert "plain does not fit: it needs" in text
+
+
 def test_a_training_config_is_taken(tmp_path: Path) -> None:
     file = tmp_path / "train.yaml"
     file.write_text("shards: somewhere\nrank: 16\nbatch_size: 3\n")
@@ -202,6 +207,8 @@ def test_rates_that_are_given() -> None:
         (PlanRequest(family="5b-i2v", size="256x256"), "learned positions"),
         (PlanRequest(family="5b", gpu="Voodoo 2"), "not a GPU that is known"),
         (PlanRequest(family="5b", gpu_tflops=100), "--gpu-memory"),
+        (PlanRequest(family="5b", gpu_memory=float("inf")), "finite"),
+        (PlanRequest(family="5b", gpu_memory=24, gpu_tflops=float("inf")), "finite"),
         (PlanRequest(family="5b", training={"target_modules": ["to_z"]}), "to_z"),
     ],
 )
