@@ -16,14 +16,12 @@ from cogcache.cache.index import ShardIndex
 from cogcache.cache.stored import Contents
 from cogcache.cache.tensors import Buffer
 
-__all__ = ["BACKENDS", "DAMAGED", "MAX_SLOTS", "PART", "Backend", "Layout", "backend_of", "data_files"]
+__all__ = ["BACKENDS", "DAMAGED", "PART", "Backend", "Layout", "backend_of", "data_files"]
 
 PART = ".part"
 """Behind the name of a data file that is being filled."""
 DAMAGED = ".damaged"
 """Behind the name of a data file that a repair has set aside."""
-MAX_SLOTS = 1 << 20
-"""Slots of a shard at most, where their number is fixed: each takes up memory and space, used or not."""
 
 
 class Layout(Protocol):

@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cogcache.cache.backend import MAX_SLOTS, PART, backend_of, data_files
+from cogcache.cache.backend import PART, backend_of, data_files
 from cogcache.cache.damage import mend_hint
 from cogcache.cache.files import FileLock, make_folder, remove, sync_folder, write_atomic
-from cogcache.cache.format import Identity, ZarrCompression
+from cogcache.cache.format import MAX_SLOTS, Identity, ZarrCompression
 from cogcache.cache.index import ShardIndex, check_key, parse_index
 from cogcache.cache.lines import dump_sealed, load_sealed
 from cogcache.cache.names import ShardName, check_series, parse_shard

@@ -70,6 +70,9 @@ FAILURES_FILE = "failures.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 JOURNAL_FILE = "journal.jsonl"
 
+MAX_SLOTS = 1 << 20
+"""Entries of a shard at most, where their number is fixed: each takes up memory and space, used or not."""
+
 LATENTS = "latents"
 TEXT = "text"
 IMAGES = "images"

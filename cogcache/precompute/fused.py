@@ -38,7 +38,8 @@ def add(
     if has_kernels(x_bthwc.device):
         from cogcache.precompute.fused_kernels import statistics
 
-        return statistics(x_bthwc, bias_c, residual_bthwc, norm, keep=True)
+        total, scale_bc, shift_bc = statistics(x_bthwc, bias_c, residual_bthwc, norm, keep=True)
+        return total, Affine(scale_bc, shift_bc)
     total = _add(x_bthwc, bias_c, residual_bthwc).to(x_bthwc.dtype)
     return total, _statistics(total.float(), norm)
 
@@ -48,7 +49,7 @@ def norm_statistics(x_bthwc: Tensor, bias_c: Tensor, norm: torch.nn.GroupNorm) -
     if has_kernels(x_bthwc.device):
         from cogcache.precompute.fused_kernels import statistics
 
-        return statistics(x_bthwc, bias_c, None, norm, keep=False)[1]
+        return Affine(*statistics(x_bthwc, bias_c, None, norm, keep=False)[1:])
     return _statistics(_add(x_bthwc, bias_c, None), norm)
 
 
@@ -62,7 +63,7 @@ def norm_silu(x_bthwc: Tensor, bias_c: Tensor | None, affine: Affine, cached_bth
     if has_kernels(x_bthwc.device):
         from cogcache.precompute.fused_kernels import apply
 
-        return apply(x_bthwc, bias_c, affine, cached_bthwc)
+        return apply(x_bthwc, bias_c, *affine, cached_bthwc)
     value = x_bthwc.float() if bias_c is None else _add(x_bthwc, bias_c, None)
     normal = value * affine.scale_bc.view(b, 1, 1, 1, c) + affine.shift_bc.view(b, 1, 1, 1, c)
     result = functional.silu(normal).to(x_bthwc.dtype)

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cogcache.precompute.fused import Affine
-
 __all__ = ["add_pool", "apply", "statistics"]
 
 _TILE = 8192
@@ -23,8 +21,8 @@ _TILES = 16
 
 def statistics(
     x_bthwc: Tensor, bias_c: Tensor, residual_bthwc: Tensor | None, norm: torch.nn.GroupNorm, *, keep: bool
-) -> tuple[Tensor, Affine]:
-    """See ``fused.add`` (``keep``) and ``fused.norm_statistics``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum, scale and shift: see ``fused.add`` (``keep``) and ``fused.norm_statistics``."""
     b, c = x_bthwc.shape[0], x_bthwc.shape[-1]
     rows = x_bthwc[0].numel() // c
     width = triton.next_power_of_2(c)
@@ -37,15 +35,17 @@ def statistics(
         x_bthwc, bias_c, residual, out, means, squares, rows, c,
         HEIGHT=height, WIDTH=width, TILES=_TILES, RESIDUAL=residual_bthwc is not None, KEEP=keep, num_warps=8,
     )  # fmt: skip
-    affine = Affine(*(x_bthwc.new_empty((b, c), dtype=torch.float32) for _ in range(2)))
+    scale, shift = (x_bthwc.new_empty((b, c), dtype=torch.float32) for _ in range(2))
     _finish[(norm.num_groups, b)](
-        means, squares, norm.weight, norm.bias, *affine, rows, parts, c, norm.eps,
+        means, squares, norm.weight, norm.bias, scale, shift, rows, parts, c, norm.eps,
         GROUP=c // norm.num_groups, SPAN=height * _TILES, PARTS=512, num_warps=4,
     )  # fmt: skip
-    return out, affine
+    return out, scale, shift
 
 
-def apply(x_bthwc: Tensor, bias_c: Tensor | None, affine: Affine, cached_bthwc: Tensor | None) -> Tensor:
+def apply(
+    x_bthwc: Tensor, bias_c: Tensor | None, scale_bc: Tensor, shift_bc: Tensor, cached_bthwc: Tensor | None
+) -> Tensor:
     """See ``fused.norm_silu``."""
     b, t, h, w, c = x_bthwc.shape
     out = x_bthwc.new_empty((b, t + 2, h, w, c))
@@ -55,7 +55,7 @@ def apply(x_bthwc: Tensor, bias_c: Tensor | None, affine: Affine, cached_bthwc: 
     height = max(1, _TILE // width)
     rows = t * h * w
     _apply[(triton.cdiv(rows, height), b)](
-        x_bthwc, x_bthwc if bias_c is None else bias_c, *affine, out, rows, h * w, c,
+        x_bthwc, x_bthwc if bias_c is None else bias_c, scale_bc, shift_bc, out, rows, h * w, c,
         HEIGHT=height, WIDTH=width, BIAS=bias_c is not None, FIRST=cached_bthwc is None, num_warps=8,
     )  # fmt: skip
     return out

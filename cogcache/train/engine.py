@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,26 +17,18 @@ from torch import Tensor, nn
 from cogcache.config import TrainConfig
 from cogcache.errors import CheckpointError
 from cogcache.train.memory.measures import Measures
-from cogcache.train.optimizer import load_optimizer_state, make_optimizer, optimizer_state, update_unless
+from cogcache.train.optimizer import (
+    Update,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    update_unless,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Engine", "PlainEngine", "Update", "open_engine"]
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one update gave: scalars on the device, so that nobody need wait for them.
-
-    Attributes:
-        norm: Gradient norm before clipping; infinity where float16 overflowed: the update was left out and the loss
-            scale shrinks.
-        halted: Whether a loss or a gradient was no number, in this step or before. From then on nothing is updated.
-    """
-
-    norm: Tensor
-    halted: Tensor
+__all__ = ["Engine", "PlainEngine", "open_engine"]
 
 
 class Engine(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from cogcache.errors import CheckpointError
 from cogcache.train.memory.optimizer import HostAdamW
 
 __all__ = [
+    "Update",
     "check_optimizer_state",
     "load_optimizer_state",
     "make_optimizer",
@@ -21,6 +23,20 @@ __all__ = [
 
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update gave: scalars on the device, so that nobody need wait for them.
+
+    Attributes:
+        norm: Gradient norm before clipping; infinity where float16 overflowed: the update was left out and the loss
+            scale shrinks.
+        halted: Whether a loss or a gradient was no number, in this step or before. From then on nothing is updated.
+    """
+
+    norm: Tensor
+    halted: Tensor
 
 
 def make_optimizer(

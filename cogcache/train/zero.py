@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from cogcache.config import TrainConfig
 from cogcache.errors import CheckpointError, ConfigError
-from cogcache.train.engine import Update
-from cogcache.train.optimizer import check_optimizer_state, make_optimizer
+from cogcache.train.optimizer import Update, check_optimizer_state, make_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

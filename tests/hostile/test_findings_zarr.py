@@ -20,9 +20,8 @@ from hostile_zarr import ZarrBox
 from safetensors.torch import save
 from torch import nn
 
-from cogcache.cache.backend import MAX_SLOTS
 from cogcache.cache.check import check_cache
-from cogcache.cache.format import SampleRecord
+from cogcache.cache.format import MAX_SLOTS, SampleRecord
 from cogcache.cache.index import parse_index
 from cogcache.cache.lines import dump_sealed, parse_json, seal_line
 from cogcache.cache.reader import CacheReader

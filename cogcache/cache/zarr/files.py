@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from cogcache.cache.backend import MAX_SLOTS
 from cogcache.cache.checksum import crc32
 from cogcache.cache.files import write_atomic
-from cogcache.cache.format import Identity
+from cogcache.cache.format import MAX_SLOTS, Identity
 from cogcache.cache.index import ShardIndex
 from cogcache.cache.lines import load_sealed, parse_object
 from cogcache.cache.names import ShardName, parse_shard
