@@ -84,6 +84,9 @@ def make_plan(request: PlanRequest) -> tuple[dict[str, Any], str]:
     tiers = _tiers(config)
     plans = [(target, [job.forecast(*tier, target.rates) for tier in tiers]) for target in targets]
     value = describe(model, clips, job, plans, request.image_draws)
+    value["clips"]["encoded_for_this_model"] = (
+        shards is None or shards.manifest.model.variant == model.variant
+    )
     return value, as_text(value, plans)
 
 

@@ -48,6 +48,8 @@ def _head(plan: Mapping[str, Any]) -> str:
             f"{one['bucket']}: {count}{tokens:,} tokens "
             f"({one['video_tokens']:,} of video, {one['text_tokens']} of text)"
         )
+    if not clips["encoded_for_this_model"]:
+        lines.append("These shards were encoded for another kind of model: train would refuse them.")
     if len(clips["buckets"]) > 1:
         lines.append(f"Memory is that of {clips['memory_is_that_of']}; times are the mean over all clips.")
     return "\n".join(lines)

@@ -147,6 +147,19 @@ def test_shards_tell_model_and_clips(tiny_models: Models, tmp_path: Path) -> Non
     assert plan["model"]["task"] == "t2v"
 
 
+def test_tells_when_shards_are_of_another_model(tiny_models: Models, tmp_path: Path) -> None:
+    shards = str(write_cache(tmp_path / "shards", tiny_models("5b"), [SMALL] * 3))
+    for request, same in (
+        (PlanRequest(shards=shards), True),
+        (PlanRequest(shards=shards, model=str(tiny_models("5b"))), True),
+        (PlanRequest(shards=shards, model=str(tiny_models("5b-i2v"))), False),
+        (PlanRequest(shards=shards, family="5b"), False),
+    ):
+        plan, text = make_plan(request)
+        assert plan["clips"]["encoded_for_this_model"] is same
+        assert ("train would refuse them" in text) is not same
+
+
 def test_several_shapes_share_the_clips() -> None:
     plan, text = make_plan(PlanRequest(family="5b", bucket=["49x480x720", "25x480x720"], clips=5, gpu="H200"))
     assert [(one["bucket"], one["clips"]) for one in plan["clips"]["buckets"]] == [
