@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,8 @@ def update_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
     Of a fused optimizer nobody but its kernel reads the flag: it is the one that torch's loss scaling sets.
     """
     if optimizer.defaults["fused"]:
-        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        flagged: Any = optimizer  # torch declares the attribute nowhere
+        flagged.found_inf = skip.float()
         optimizer.step()
     elif not skip:
         optimizer.step()

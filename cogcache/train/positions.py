@@ -43,6 +43,7 @@ def rotary_tables(
         return None
     grid = (height // variant.patch_size, width // variant.patch_size)
     base = (variant.sample_height // variant.patch_size, variant.sample_width // variant.patch_size)
+    tables: tuple[Tensor, Tensor]
     if variant.patch_size_t is None:
         tables = get_3d_rotary_pos_embed(
             embed_dim=variant.attention_head_dim,
@@ -62,7 +63,7 @@ def rotary_tables(
             max_size=base,
             device=device,
         )
-    return tables  # type: ignore[no-any-return]
+    return tables
 
 
 def _crop_region(grid: Corner, base: Corner) -> tuple[Corner, Corner]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -84,14 +85,16 @@ class VideoReader(Protocol):
     def __exit__(self, *exception: Any) -> None: ...
 
 
-class StreamedReader:
+class StreamedReader(ABC):
     """What readers share: ``read`` and the context manager on top of ``stream`` and ``close``."""
 
+    @abstractmethod
     def stream(self, indices: Sequence[int]) -> Iterator[Frame]:
-        raise NotImplementedError
+        """See :class:`VideoReader`."""
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """See :class:`VideoReader`."""
 
     def read(self, indices: Sequence[int]) -> Frame:
         unique, back = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)

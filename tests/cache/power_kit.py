@@ -248,14 +248,15 @@ class Disk:
                 itertools.product((False, True), repeat=names), itertools.product(ARRIVED, repeat=pieces)
             )
         else:
+            extremes: tuple[Arrived, Arrived] = ("nothing", "all")
             ends = itertools.product(
-                ((False,) * names, (True,) * names), (("nothing",) * pieces, ("all",) * pieces)
+                ((False,) * names, (True,) * names), [(arrived,) * pieces for arrived in extremes]
             )
             drawn = (
                 (tuple(dice.choices((False, True), k=names)), tuple(dice.choices(ARRIVED, k=pieces)))
                 for _ in range(most - 4)
             )
-            each = itertools.chain(ends, drawn)  # type: ignore[arg-type]
+            each = itertools.chain(ends, drawn)
         for chosen, arrived in each:
             yield self._files(split(chosen, folders), split(arrived, nodes))
 

@@ -37,7 +37,8 @@ def _child(body: Body, root: Path, pipe: Connection, may: Semaphore, stop_at: in
         pipe.send(_OPERATION)
 
     pipe.send(_START)
-    files.os = FakeOs(stop_at, torn=torn, kill=True, tell=tell)  # type: ignore[attr-defined]
+    module: Any = files
+    module.os = FakeOs(stop_at, torn=torn, kill=True, tell=tell)
     body(root, pipe.send)
     pipe.send(_END)
 

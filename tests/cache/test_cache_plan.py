@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,9 +91,9 @@ def test_the_number_of_processes_does_not_change_what_is_learned(
         lambda: share((1,), 1, -1, 2),
     ],
 )
-def test_nonsense_is_refused(call: object) -> None:
+def test_nonsense_is_refused(call: Callable[[], object]) -> None:
     with pytest.raises(ValueError):
-        call()  # type: ignore[operator]
+        call()
 
 
 def test_nothing_to_do() -> None:

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -250,7 +251,7 @@ def test_a_shard_cut_while_it_is_open(cache: Path) -> None:
     assert len(reader.damages()) == 1
 
 
-def reseal(root: Path, change: Callable[[dict[str, object]], object]) -> None:
+def reseal(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the manifest as someone would who knows the checksum."""
     path = root / "manifest.json"
     value = json.loads(path.read_text())
@@ -310,7 +311,7 @@ def forge(root: Path, change: Callable[[bytearray, list[EntryRecord]], object]) 
             "sha256": hashlib.sha256(data).hexdigest(),
             "index_sha256": hashlib.sha256(index).hexdigest(),
         }
-    reseal(root, lambda m: m["series"][TEXT].update(shards=[record]))  # type: ignore[attr-defined,index]
+    reseal(root, lambda m: m["series"][TEXT].update(shards=[record]))
 
 
 def member(records: list[EntryRecord], number: int = 0, **update: object) -> None:
