@@ -163,6 +163,7 @@ def train(work: Path, kind: Kind, plan: dict[str, int]) -> None:
             "--lr", "1e-3" if kind != "i2v" else "5e-4", "--lr-scheduler", "cosine",
             "--warmup-steps", max(1, plan[kind] // 50), "--caption-dropout", "0.1", "--checkpoint-every", "2000",
             "--keep-checkpoints", "1", "--log-every", max(1, plan[kind] // 100),
+            "--no-gradient-checkpointing", "--workers", min(8, os.cpu_count() or 1),
             "--dtype", "bfloat16" if DEVICE.type == "cuda" else "float32")  # fmt: skip
 
 
