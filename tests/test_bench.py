@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,16 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from typer.testing import CliRunner
 
-from cogcache.bench import frozen
+from cogcache.bench import facts, frozen
 from cogcache.bench import train as bench_train
 from cogcache.bench.random_cache import random_cache, real_variant
 from cogcache.bench.real import real_config
+from cogcache.bench.recipes import DEFAULT_RECIPES, RECIPES
 from cogcache.bench.video_clips import make_videos
 from cogcache.cache.reader import CacheReader
 from cogcache.cli import app, run
 from cogcache.geometry import Size
 from cogcache.tiny import Family
-from cogcache.train.memory.measures import TIERS
 from cogcache.train.model import load_transformer
 from cogcache.variants import Variant, read_variant
 
@@ -77,7 +78,7 @@ def test_real_configs_have_the_published_size(family: Family, tiny_models: Calla
     assert billions == pytest.approx({"2b": 1.69, "5b-i2v": 5.60, "1.5-5b-i2v": 5.57}[family], rel=0.02)
 
 
-@pytest.mark.parametrize("recipe", ["reference", "plain", "small", "tiny"])
+@pytest.mark.parametrize("recipe", ["reference", "plain", "small", "tiny", "plain-group-offload"])
 @pytest.mark.parametrize("family", ["5b", "1.5-5b-i2v"])
 def test_a_row_of_the_training_table(
     family: Family, recipe: str, tiny_models: Callable[[Family], Path], monkeypatch: pytest.MonkeyPatch
@@ -88,15 +89,63 @@ def test_a_row_of_the_training_table(
         root = tiny_models(family)
         return load_transformer(root, dtype).to(device), read_variant(root)
 
-    plain = {name: replace(measures, compile=False) for name, measures in TIERS.items()}
+    plain = {
+        name: replace(one, measures=replace(one.measures, compile=False) if one.measures else None)
+        for name, one in RECIPES.items()
+    }
     monkeypatch.setattr(bench_train, "real_transformer", tiny)
-    monkeypatch.setattr(bench_train, "TIERS", plain)
+    monkeypatch.setattr(bench_train, "RECIPES", plain)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     row = bench_train.measure_step(bench_train.RowSettings(recipe, family, "17x64x96", 2, 4, 2))
     assert row.step_s > 0
     assert 0.1 < row.loss < 10
-    assert 0 < row.predicted_gib < 1
+    if "offload" in recipe:
+        assert row.predicted_gib is None  # the planner knows nothing of it
+    else:
+        assert row.predicted_gib is not None
+        assert 0 < row.predicted_gib < 1
     assert row.predicted_s is None  # no GPU that it knows
+
+
+def test_a_recipe_that_fails_is_a_row_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes of the rows are real; what they run is not."""
+    row = bench_train.StepRow("plain", 1, 2.0, None, 3.0, None, 4.0, 0.5)
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import json, os, sys\n"
+        "recipe = json.loads(sys.argv[-1])['recipe']\n"
+        "if recipe == 'small':\n"
+        "    print('RuntimeError: on two devices, cuda:0 and cpu!\\nsome last word', file=sys.stderr)\n"
+        "    sys.exit(1)\n"
+        "if recipe == 'tiny':\n"
+        "    os.kill(os.getpid(), 9)\n"
+        f"print('noise')\nprint(json.dumps({asdict(row)!r}))\n"
+    )
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} {child} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(facts, "_gpu", lambda: "a GPU")
+    out = tmp_path / "train.json"
+    assert run(["bench", "train", "--recipes", "small, plain,tiny,plain", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert rows == [
+        {"recipe": "small", "failed": "RuntimeError: on two devices, cuda:0 and cpu!"},
+        asdict(row),
+        {"recipe": "tiny", "failed": "ended with code -9 and no word"},
+        asdict(row),
+    ]
+
+
+def test_group_offloading_is_measured_only_where_asked_for() -> None:
+    assert set(RECIPES) - set(DEFAULT_RECIPES) == {
+        "group-offload",
+        "group-offload-block",
+        "plain-group-offload",
+    }
 
 
 def test_encoding_is_measured_beside_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,8 +70,15 @@ def _train(
     batch_size: Annotated[int, typer.Option(help="Clips a step.", min=1)] = 1,
     rank: Annotated[int, typer.Option(help="LoRA rank.", min=1)] = 128,
     recipes: Annotated[
-        str, typer.Option(help="Rows, joined by commas: reference, plain, fast, balanced, small, tiny.")
-    ] = "reference,plain,fast,balanced,small,tiny",
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Rows, joined by commas. By default: reference (float32 base under bfloat16 autocast, fully "
+            "checkpointed), plain (the same with a bfloat16 base), fast, balanced, small, tiny. Besides, diffusers' "
+            "group offloading with streams: group-offload and group-offload-block (the reference's, by leaves and by "
+            "blocks) and plain-group-offload. A row that fails is reported and ends nothing.",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps timed, after two that are not.", min=1)] = 4,
     json_out: Annotated[
         Path | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -20,7 +21,9 @@ from cogcache.errors import ConfigError
 from cogcache.geometry import parse_bucket
 from cogcache.progress import console
 from cogcache.tiny import Family
-from cogcache.train.memory.measures import TIERS
+
+if TYPE_CHECKING:
+    from cogcache.bench.train import StepRow
 
 __all__ = ["bench_load", "bench_train"]
 
@@ -74,25 +77,29 @@ def bench_train(
     bucket: str | None,
     batch_size: int,
     rank: int,
-    recipes: str,
+    recipes: str | None,
     steps: int,
     json_out: Path | None,
 ) -> None:
     """Measure a row for each recipe, print each as it comes, and write them as JSON where asked.
+
+    A recipe that fails is a row with its error.
+
+    Args:
+        recipes: Names joined by commas; None takes those that are no mere comparison.
 
     Raises:
         ConfigError: if a recipe is not known, or there is no GPU.
     """
     import torch
 
-    from cogcache.bench.train import RowSettings, StepRow, rows
+    from cogcache.bench.recipes import DEFAULT_RECIPES, RECIPES
+    from cogcache.bench.train import FailedRow, RowSettings, rows
 
-    names = [name.strip() for name in recipes.split(",")]
-    unknown = [name for name in names if name not in ("reference", "plain", *TIERS)]
+    names = [name.strip() for name in recipes.split(",")] if recipes else DEFAULT_RECIPES
+    unknown = [name for name in names if name not in RECIPES]
     if unknown:
-        raise ConfigError(
-            f"{unknown[0]!r:.40} is no recipe.", "Choose from reference, plain, " + ", ".join(TIERS)
-        )
+        raise ConfigError(f"{unknown[0]!r:.40} is no recipe.", "Choose from " + ", ".join(RECIPES) + ".")
     if not torch.cuda.is_available():
         raise ConfigError("a training step of real size is measured on a GPU, and there is none.")
     shape = str(parse_bucket(bucket)) if bucket else _OWN[family]
@@ -100,19 +107,22 @@ def bench_train(
     out = console()
     out.print(f"{facts['gpu']}, commit {facts['commit']}: {family}, {shape}, batch {batch_size}, rank {rank}")
     for row in rows([RowSettings(name, family, shape, batch_size, rank, steps) for name in names]):
-        if not isinstance(row, StepRow):
-            out.print(row, markup=False)
-            found.append({"failed": row})
-            continue
-        reference = row.step_s if row.recipe == "reference" else reference
-        speed = f", {reference / row.step_s:.2f}x the reference" if reference else ""
-        out.print(
-            f"{row.recipe}: {row.step_s:.3f} s{_planned(row.step_s, row.predicted_s)}, "
-            f"{row.peak_gib:.2f} GiB{_planned(row.peak_gib, row.predicted_gib)}{speed}",
-            markup=False,
-        )
         found.append(asdict(row))
-    write_figures(json_out, facts, {"family": family, "bucket": shape, "rank": rank, "rows": found})
+        if isinstance(row, FailedRow):
+            out.print(f"{row.recipe}: failed: {row.failed}", markup=False)
+        else:
+            reference = row.step_s if row.recipe == "reference" else reference
+            out.print(_told(row, reference), markup=False)
+        # after each, so that nothing is lost if the next one is stopped
+        write_figures(json_out, facts, {"family": family, "bucket": shape, "rank": rank, "rows": found})
+
+
+def _told(row: StepRow, reference: float | None) -> str:
+    return (
+        f"{row.recipe}: {row.step_s:.3f} s{_planned(row.step_s, row.predicted_s)}, "
+        f"{row.peak_gib:.2f} GiB{_planned(row.peak_gib, row.predicted_gib)}"
+        + (f", {reference / row.step_s:.2f}x the reference" if reference else "")
+    )
 
 
 def _planned(measured: float, predicted: float | None) -> str:

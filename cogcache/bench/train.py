@@ -1,13 +1,13 @@
 """``cogcache bench train``: a training step of each memory tier beside the reference recipe's.
 
-The *reference* keeps the base in float32 and runs it under bfloat16 autocast with full checkpointing, as the published
-trainers do. Each row runs in a process of its own, so that no memory of another counts; all rows follow each other in
-one run of the command.
+Each row runs in a process of its own, so that no memory of another counts and none ends the others; all rows follow
+each other in one run of the command.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cogcache.bench.group_offload import offload_groups
 from cogcache.bench.real import real_transformer
+from cogcache.bench.recipes import RECIPES, Recipe
 from cogcache.config import TrainConfig
 from cogcache.geometry import Bucket
 from cogcache.tiny import Family
@@ -29,7 +31,6 @@ from cogcache.train.flops import step_flops
 from cogcache.train.memory.blocks import install
 from cogcache.train.memory.estimate import estimate
 from cogcache.train.memory.gpus import find_card
-from cogcache.train.memory.measures import TIERS, Measures
 from cogcache.train.memory.speed import microbatch_seconds, update_seconds
 from cogcache.train.memory.workload import workload_of
 from cogcache.train.model import add_lora, trainable
@@ -37,14 +38,14 @@ from cogcache.train.objective import loss_per_sample, padded_frames
 from cogcache.train.optimizer import make_optimizer
 from cogcache.variants import Variant
 
-__all__ = ["RowSettings", "StepRow", "measure_step", "rows"]
+__all__ = ["FailedRow", "RowSettings", "StepRow", "measure_step", "rows"]
 
 _WARM_UP = 2
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """One row: ``recipe`` is ``reference``, ``plain`` or a tier."""
+    """One row: ``recipe`` is a name of :data:`~cogcache.bench.recipes.RECIPES`."""
 
     recipe: str
     family: Family
@@ -58,7 +59,8 @@ class RowSettings:
 class StepRow:
     """What a row gave. Memory in GiB at the peak of the measured steps.
 
-    ``predicted_*`` is what the planner expects; no time where the GPU is not one that it knows.
+    ``predicted_*`` is what the planner expects; no time where the GPU is not one that it knows, and nothing for group
+    offloading, which it does not know.
     ``first_step_s`` holds the compilation.
     """
 
@@ -67,42 +69,56 @@ class StepRow:
     step_s: float
     predicted_s: float | None
     peak_gib: float
-    predicted_gib: float
+    predicted_gib: float | None
     first_step_s: float
     loss: float
 
 
-def rows(settings: list[RowSettings]) -> Iterator[StepRow | str]:
-    """Measure each in a process of its own; text where one failed, its last line."""
+@dataclass(frozen=True)
+class FailedRow:
+    """A row that gave no figures, and why: the error's own line."""
+
+    recipe: str
+    failed: str
+
+
+def rows(settings: list[RowSettings]) -> Iterator[StepRow | FailedRow]:
+    """Measure each in a process of its own."""
     for one in settings:
         command = [sys.executable, "-m", "cogcache.bench.train", json.dumps(asdict(one))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
-            yield f"{one.recipe}: " + (done.stderr.strip().splitlines() or ["no result"])[-1]
+            yield FailedRow(one.recipe, _reason(done.stderr, done.returncode))
         else:
             yield StepRow(**json.loads(lines[-1]))
+
+
+def _reason(stderr: str, code: int) -> str:
+    """The last line that names an error; else the last; else how the process ended."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return [f"ended with code {code} and no word", *lines[-1:], *errors[-1:]][-1]
 
 
 def measure_step(settings: RowSettings) -> StepRow:
     """Time optimizer steps and take their peak of memory, which only a GPU tells."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reference = settings.recipe == "reference"
+    recipe = RECIPES[settings.recipe]
     native = torch.float16 if settings.family == "2b" else torch.bfloat16
-    transformer, variant = real_transformer(settings.family, torch.float32 if reference else native, device)
-    config = TrainConfig(shards=Path("unused"), rank=settings.rank)
-    add_lora(transformer, config)
-    set_matmul_precision(device, native)
-    measures = next((found for tier, found in TIERS.items() if tier == settings.recipe), None)
-    _prepare(transformer, measures, device)
-    predicted_s, predicted_gib = _predicted(transformer, variant, measures, settings, native)
-    optimizer = make_optimizer(
-        config, trainable(transformer), on_host=measures is not None and measures.optimizer == "host"
+    transformer, variant = real_transformer(
+        settings.family, torch.float32 if recipe.autocast else native, device
     )
+    config = TrainConfig(shards=Path("unused"), rank=settings.rank)
+    set_matmul_precision(device, native)
+    _prepare(transformer, config, recipe, device)
+    predicted_s, predicted_gib = _predicted(transformer, variant, recipe, settings, native)
+    on_host = recipe.measures is not None and recipe.measures.optimizer == "host"
+    optimizer = make_optimizer(config, trainable(transformer), on_host=on_host)
     forward = _forward(transformer, variant, settings, device)
 
     def step() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16) if reference else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16) if recipe.autocast else nullcontext():
             loss = forward()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trainable(transformer).values(), 1.0)
@@ -134,22 +150,30 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _prepare(transformer: Any, measures: Measures | None, device: torch.device) -> None:
-    if measures is None:
+def _prepare(transformer: Any, config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
+    """Add the LoRA and let the blocks run as the recipe says."""
+    if recipe.offload is not None:
+        offload_groups(transformer, recipe.offload, device)
+    add_lora(transformer, config)
+    if recipe.measures is None:
         transformer.enable_gradient_checkpointing()
-        return
-    if measures.weights == "host":
-        transformer.to("cpu")
-    install(transformer, measures, device)
+        for parameter in trainable(transformer).values():
+            parameter.data = parameter.data.to(device)
+    else:
+        if recipe.measures.weights == "host":
+            transformer.to("cpu")
+        install(transformer, recipe.measures, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _predicted(
-    transformer: Any, variant: Variant, measures: Measures | None, settings: RowSettings, dtype: torch.dtype
-) -> tuple[float | None, float]:
+    transformer: Any, variant: Variant, recipe: Recipe, settings: RowSettings, dtype: torch.dtype
+) -> tuple[float | None, float | None]:
     """Seconds a step, if the GPU is a known one, and GiB at its peak, as the planner has them."""
-    bucket, size = _bucket(settings), settings.batch_size
+    if recipe.offload is not None:
+        return None, None
+    bucket, size, measures = _bucket(settings), settings.batch_size, recipe.measures
     load = workload_of(transformer, variant, [bucket], size, dtype)
     card = find_card(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     seconds = None
