@@ -30,6 +30,7 @@ __all__ = ["app", "main"]
 
 _CTRL_C = 130
 Family = Literal["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"]
+SmallKind = Literal["t2v", "i2v", "t2v-1.5"]
 Format = Literal["webdataset", "zarr"]
 Compression = Literal["zstd", "none"]
 _FORMAT = "How the new shards are stored. Default: as the old ones."
@@ -167,6 +168,33 @@ def _tiny_model(
 
     build_tiny_model(out, family, seed=seed, dtype=dtype)
     typer.echo(f"Wrote a tiny {family} model with random weights to {out}")
+
+
+@app.command("small-model")
+def _small_model(
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not hold anything yet.")],
+    kind: Annotated[
+        SmallKind,
+        typer.Option(
+            help="t2v: text-to-video as CogVideoX-5B. i2v: image-to-video as 5B-I2V. t2v-1.5: text-to-video as 1.5-5B."
+        ),
+    ] = "t2v",
+) -> None:
+    """Write a complete small CogVideoX with trained weights, in diffusers layout, to see results without a GPU.
+
+    It was trained from nothing on 17 frames of 96x144 at 8 a second: single shapes that move, and cuts of open films.
+    Everything takes it as --model:
+
+    Example:  cogcache small-model models/small
+              cogcache encode --data-root ./clips --model models/small --frames 17 --size 96x144 --fps 8
+              cogcache infer --model models/small --prompt "A large red circle moves up on a grey background."
+    """
+    from cogcache.small import small_model
+
+    small_model(kind, out)
+    typer.echo(
+        f"Wrote the small {kind} model with trained weights to {out}; its README.md says what it can do."
+    )
 
 
 @app.command("convert-lora")

@@ -54,7 +54,7 @@ def test_python_m() -> None:
 def test_help_of_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("encode", "train", "infer", "tiny-model", "convert-lora", "demo"):
+    for name in ("encode", "train", "infer", "tiny-model", "small-model", "convert-lora", "demo"):
         assert name in shown
     assert cli.run([]) in (0, 2)
 

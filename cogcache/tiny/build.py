@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogcache.errors import StorageError
 from cogcache.quiet import quiet_libraries
 from cogcache.tiny.families import Family, FamilyFacts, facts_of
 from cogcache.tiny.tokenizer import write_tokenizer
 from cogcache.tiny.weights import randomise, tune_vae
+from cogcache.whole_folder import whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -35,21 +33,8 @@ def build_tiny_model(out: Path, family: Family, *, seed: int = 0, dtype: str = "
     from cogcache.models import torch_dtype
 
     facts, weights_dtype = facts_of(family), torch_dtype(dtype)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError(
-            f"{out} is there already and is not an empty folder.", "Choose another name or delete it."
-        )
-    staging: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        _write(staging / "model", facts, family, seed, weights_dtype)
-        (staging / "model").replace(out)
-    except OSError as error:
-        raise StorageError(f"{out} cannot be written: {error.strerror or error}.") from None
-    finally:
-        if staging:
-            shutil.rmtree(staging, ignore_errors=True)
+    with whole_folder(out) as folder:
+        _write(folder, facts, family, seed, weights_dtype)
     return out
 
 
