@@ -1,4 +1,4 @@
-"""An S3 server, nginx, and caches behind them."""
+"""Servers for every protocol, and caches behind them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from making_caches import SMALL, write_cache
-from servers import KEY, SECRET, Place, Server, http_server, program, s3_server
+from servers import KEY, SECRET, Bucket, Place, Server, gs_server, http_server, post, program, s3_server
 
 from cogcache.cli import run
 from cogcache.tiny import Family
@@ -52,6 +52,35 @@ def s3(s3_service: tuple[Server, Path], tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     return Place(server, bucket, f"s3://{bucket.name}")
+
+
+@pytest.fixture(scope="session")
+def gs_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """One emulator of Google's storage for all tests, and the folder of its buckets."""
+    root = tmp_path_factory.mktemp("gs")
+    server = gs_server(root, root / "log")
+    yield server, root / ".cloudstorage"
+    server.kill()
+
+
+@pytest.fixture
+def gs(gs_service: tuple[Server, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A bucket of its own for each test, no credentials, an empty local cache."""
+    server, root = gs_service
+    server.start()
+    name = f"bucket-{len(list(root.glob('*')))}"
+    post(f"http://127.0.0.1:{server.port}/storage/v1/b", f'{{"name": "{name}"}}'.encode())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
+    google(monkeypatch, f"http://127.0.0.1:{server.port}")
+    return Bucket(server, root / name, f"gs://{name}")
+
+
+def google(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """Let gs:// lead to ``address``, without credentials of this machine, nor a search for them in the network."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", "/nonexistent")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
 
 
 @pytest.fixture

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 KEY, SECRET = "tester", "not-a-secret"
 TOOLS = Path(sys.prefix) / "tools"
@@ -70,6 +76,31 @@ class Place:
     folder: Path
     url: str
 
+    def publish(self, cache: Path, name: str = "clips") -> str:
+        """Let the server have a copy of ``cache``; its URL."""
+        shutil.copytree(cache, self.folder / name)
+        self.server.restart()
+        return f"{self.url}/{name}"
+
+
+class Bucket(Place):
+    """One of Google's kind: what lies in its folder is only seen if it was uploaded."""
+
+    def publish(self, cache: Path, name: str = "clips") -> str:
+        """As :meth:`Place.publish`."""
+        address = f"http://127.0.0.1:{self.server.port}/upload/storage/v1/b/{self.folder.name}/o"
+        for path in (path for path in cache.rglob("*") if path.is_file()):
+            about = json.dumps({"name": f"{name}/{path.relative_to(cache).as_posix()}"}).encode()
+            parts = b"--part\r\nContent-Type: application/json\r\n\r\n%b\r\n--part\r\n\r\n%b\r\n--part--\r\n"
+            kind = "multipart/related; boundary=part"
+            post(f"{address}?uploadType=multipart", parts % (about, path.read_bytes()), kind)
+        return f"{self.url}/{name}"
+
+
+def post(url: str, data: bytes, kind: str = "application/json") -> None:
+    with urlopen(Request(url, data, {"Content-Type": kind}), timeout=60):
+        pass
+
 
 def s3_server(root: Path, log: Path) -> Server:
     """An S3 server whose buckets are the folders in ``root``."""
@@ -79,6 +110,48 @@ def s3_server(root: Path, log: Path) -> Server:
     return Server(
         [*command, "--auth-key", f"{KEY},{SECRET}", "--force-path-style=true", str(root)], port, log
     )
+
+
+def gs_server(root: Path, log: Path) -> Server:
+    """Google's storage, as ``gcp-storage-emulator`` has it; buckets are folders of ``root/.cloudstorage``.
+
+    The JSON interface, but not all that the real one does: it knows no credentials (all may do everything), no gRPC, no
+    limits on how often one object is written, and answers one request at a time. Refusals are tested against
+    :func:`refusing`.
+    """
+    port, emulator = free_port(), program("gcp-storage-emulator")
+    assert emulator, "gcp-storage-emulator comes with 'scripts/setup dev'"
+    command = [emulator, "-d", str(root), "start", "-H", "127.0.0.1", "--port", str(port), "--quiet"]
+    return Server(command, port, log)
+
+
+@contextmanager
+def refusing(status: int, body: str) -> Iterator[tuple[str, list[str]]]:
+    """A server with one answer to everything: its address, and the paths it was asked for."""
+    asked: list[str] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            asked.append(self.path)
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_GET = do_POST = do_PUT = answer  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 _NGINX = """

@@ -1,4 +1,4 @@
-"""``cogcache encode --shards URL`` itself: from videos to an S3 server, and what other commands then find there."""
+"""``cogcache encode --shards URL`` itself: from videos to a server, and what other commands then find there."""
 
 from __future__ import annotations
 
@@ -64,22 +64,24 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize(("server", "kind"), [*(("s3", kind) for kind in BACKENDS), ("gs", "webdataset")])
 def test_encoding_to_a_url_equals_encoding_to_a_folder(
+    server: str,
     kind: str,
-    s3: Place,
+    request: pytest.FixtureRequest,
     encode: Callable[..., int],
     sent: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    url = f"{s3.url}/clips"
+    place: Place = request.getfixturevalue(server)
+    url = f"{place.url}/clips"
     to_url = [url, "--format", kind, "--staging", str(tmp_path / "staging")]
     assert encode(tmp_path / "folder", "--format", kind) == 0
     capsys.readouterr()
     assert encode(*to_url) == 0
     assert f"{url}: 3 clips ready, 0 failed. Encoded now: 3 latents, 4 captions." in capsys.readouterr().err
-    assert files(s3.folder / "clips") == files(tmp_path / "folder")
+    assert files(place.folder / "clips") == files(tmp_path / "folder")
     assert run(["verify", url]) == 0
     capsys.readouterr()
     assert run(["inspect", url, "--json"]) == 0
@@ -93,13 +95,13 @@ def test_encoding_to_a_url_equals_encoding_to_a_folder(
     assert not [name for name in sent if name.startswith(f"{LATENTS}/") and not name.endswith("zarr.json")]
     assert "another caption" in [sample.caption for sample in CacheReader(url).samples]
     assert encode(tmp_path / "folder") == 0
-    assert files(s3.folder / "clips") == files(tmp_path / "folder")
+    assert files(place.folder / "clips") == files(tmp_path / "folder")
     assert run(["verify", url]) == 0
     sent.clear()
     assert encode(*to_url) == 0
     assert not [name for name in sent if name.startswith((LATENTS, TEXT))]
-    for array in (s3.folder / "clips").glob("*/*/zarr.json"):
+    for array in (place.folder / "clips").glob("*/*/zarr.json"):
         array.unlink()
-    s3.server.restart()
+    place.server.restart()
     assert encode(*to_url) == 0
-    assert files(s3.folder / "clips") == files(tmp_path / "folder")
+    assert files(place.folder / "clips") == files(tmp_path / "folder")

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,6 @@ def everything(reader: CacheReader) -> list[tuple[bytes, ...]]:
     ]
 
 
-def publish(cache: Path, place: Place, name: str = "clips") -> str:
-    shutil.copytree(cache, place.folder / name)
-    place.server.restart()
-    return f"{place.url}/{name}"
-
-
 def fetches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """Every range that is asked for from now on."""
     asked: list[tuple[str, int, int]] = []
@@ -56,7 +49,7 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("made", ["cache", "zarr_cache"])
-@pytest.mark.parametrize("kind", ["s3", "nginx", "memory"])
+@pytest.mark.parametrize("kind", ["s3", "gs", "nginx", "memory"])
 def test_a_url_reads_as_the_folder(
     kind: str, made: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +61,7 @@ def test_a_url_reads_as_the_folder(
         url = f"memory://{tmp_path.name}"
         fsspec.filesystem("memory").put(f"{cache}/", f"/{tmp_path.name}", recursive=True)
     else:
-        url = publish(cache, request.getfixturevalue(kind))
+        url = request.getfixturevalue(kind).publish(cache)
     local, asked = CacheReader(cache), fetches(monkeypatch)
     reader = CacheReader(url)
     assert (reader.manifest, reader.samples, reader.failures) == (
@@ -108,11 +101,13 @@ def outcome(config: TrainConfig) -> tuple[list[dict[str, Any]], bytes]:
     return rows, b"".join(lora[name].numpy().tobytes() for name in sorted(lora))
 
 
-def test_training_from_s3_equals_training_from_the_folder_whatever_happens_to_the_server(
-    s3: Place, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_training_from_a_url_equals_training_from_the_folder_whatever_happens_to_the_server(
+    kind: str, request: pytest.FixtureRequest, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle of the second epoch, back once the reader has said that it waits."""
-    url, said = publish(cache, s3), []
+    place: Place = request.getfixturevalue(kind)
+    url, said = place.publish(cache), []
     expected = outcome(settings(tmp_path, cache, "local"))
     fetch, count = Connection.fetch, 0
 
@@ -120,13 +115,13 @@ def test_training_from_s3_equals_training_from_the_folder_whatever_happens_to_th
         nonlocal count
         count += 1
         if count == 15:
-            s3.server.kill()
+            place.server.kill()
         return fetch(self, name, start, size)
 
     def heard(text: str) -> None:
         said.append(text)
         if "Waiting" in text:
-            s3.server.start()
+            place.server.start()
 
     monkeypatch.setattr(Connection, "fetch", killing)
     monkeypatch.setattr(patience, "say", heard)
@@ -143,13 +138,13 @@ def test_training_from_s3_equals_training_from_the_folder_whatever_happens_to_th
 def test_training_from_zarr_at_a_url_equals_training_from_tar_files(
     s3: Place, cache: Path, zarr_cache: Path, tmp_path: Path
 ) -> None:
-    url = publish(zarr_cache, s3)
+    url = s3.publish(zarr_cache)
     tar = settings(tmp_path, cache, "tar", steps=3)
     assert outcome(settings(tmp_path, Url(url), "zarr", steps=3)) == outcome(tar)
 
 
 def test_a_run_is_resumed_wherever_its_shards_are(s3: Place, cache: Path, tmp_path: Path) -> None:
-    url = publish(cache, s3)
+    url = s3.publish(cache)
     expected = outcome(settings(tmp_path, cache, "whole"))
     train(settings(tmp_path, cache, "run", steps=4, checkpoint_every=2))
     again = settings(tmp_path, url, "run", resume="latest", checkpoint_every=2)
@@ -173,7 +168,7 @@ def test_a_run_is_resumed_wherever_its_shards_are(s3: Place, cache: Path, tmp_pa
 def test_s3_refusals(
     s3: Place, cache: Path, change: dict[str, str | None], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = publish(cache, s3)
+    url = s3.publish(cache)
     for name, value in change.items():
         monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     with pytest.raises(CacheError, match=expected):
@@ -203,7 +198,7 @@ def test_http_refusals(nginx: Place, path: str, expected: str, tmp_path: Path) -
 
 
 def test_a_server_without_ranges_is_refused_before_it_sends_everything(nginx: Place, cache: Path) -> None:
-    publish(cache, nginx)
+    nginx.publish(cache)
     reader = CacheReader(f"{nginx.url}/whole/clips")
     with pytest.raises(CacheError, match="parts of a file") as caught:
         reader.read(LATENTS, reader.keys(LATENTS)[1])
@@ -224,7 +219,7 @@ def flip(path: Path, offset: int) -> None:
 
 
 def test_bytes_that_changed_on_the_server_are_damage(s3: Place, cache: Path, tmp_path: Path) -> None:
-    url = publish(cache, s3)
+    url = s3.publish(cache)
     reader = CacheReader(url)
     key = reader.keys(LATENTS)[0]
     (shard,) = (s3.folder / "clips" / "latents").glob("*.tar")
@@ -251,7 +246,7 @@ def kept(folder: Path) -> list[Path]:
 def test_torn_and_changed_copies_are_fetched_again(
     s3: Place, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, options = publish(cache, s3), RemoteOptions(folder=tmp_path / "lru")
+    url, options = s3.publish(cache), RemoteOptions(folder=tmp_path / "lru")
     expected = everything(CacheReader(url, options))
     for number, path in enumerate(sorted(kept(tmp_path / "lru"))):
         data = path.read_bytes()
@@ -265,7 +260,7 @@ def test_torn_and_changed_copies_are_fetched_again(
 def test_commands_take_urls(
     s3: Place, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url = publish(cache, s3)
+    url = s3.publish(cache)
     assert run(["inspect", url, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["root"] == url
@@ -298,7 +293,7 @@ def read_all(reader: CacheReader) -> int:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forked_processes(s3: Place, cache: Path) -> None:
-    reader = CacheReader(publish(cache, s3))
+    reader = CacheReader(s3.publish(cache))
     count = read_all(reader)
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.map(read_all, [reader] * 2) == [count] * 2

@@ -1,4 +1,4 @@
-"""Writing a cache to an S3 server through a staging folder."""
+"""Writing a cache to a server through a staging folder."""
 
 from __future__ import annotations
 
@@ -87,12 +87,19 @@ class Steps:
         return counted
 
 
+@pytest.fixture(params=["s3", "gs"])
+def place(request: pytest.FixtureRequest) -> Place:
+    """Each of the servers that can be written to."""
+    found: Place = request.getfixturevalue(request.param)
+    return found
+
+
 def test_what_is_sent_equals_what_is_made_in_a_folder(
-    s3: Place, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, steps = f"{s3.url}/made", Steps(monkeypatch)
+    url, steps = f"{place.url}/made", Steps(monkeypatch)
     encode_to(url, tmp_path / "staging")
-    assert snapshot(s3.folder / "made") == expected
+    assert snapshot(place.folder / "made") == expected
     assert steps.log.index("cache.json") == 0
     assert steps.log.index("latents/latents-00000.tar") < steps.log.index("latents/latents-00000.index.jsonl")
     manifest = steps.log.index("manifest.json")
@@ -164,25 +171,31 @@ def test_without_its_staging_a_run_makes_nothing_again(
 
 
 def test_a_server_that_is_killed_between_uploads_is_waited_for(
-    s3: Place, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     upload = Connection.upload
 
     def killing(self: Connection, source: Path | bytes, name: str) -> None:
         if name == "latents/latents-00001.tar":
-            s3.server.kill()
+            place.server.kill()
         upload(self, source, name)
 
     def heard(text: str) -> None:
         said.append(text)
-        s3.server.start()
+        place.server.start()
 
     monkeypatch.setattr(Connection, "upload", killing)
     monkeypatch.setattr(patience, "say", heard)
-    encode_to(f"{s3.url}/killed", tmp_path / "staging")
-    assert snapshot(s3.folder / "killed") == expected
+    encode_to(f"{place.url}/killed", tmp_path / "staging")
+    assert snapshot(place.folder / "killed") == expected
     assert len(said) == 2
+
+
+def test_no_such_bucket(place: Place, tmp_path: Path) -> None:
+    url = f"{place.url}-not/clips"
+    with pytest.raises(CacheError, match=f"nothing to write to at {url}: no such bucket"):
+        encode_to(url, tmp_path / "staging")
 
 
 def test_two_stagings_never_overwrite_each_other(s3: Place, tmp_path: Path) -> None:

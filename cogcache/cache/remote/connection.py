@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cogcache.cache.regular import LARGEST_FILE
+from cogcache.cache.remote.google import open_google
 from cogcache.cache.remote.http import fetch_part, fetch_whole
 from cogcache.cache.remote.patience import Patience
 from cogcache.errors import CacheError
@@ -29,9 +30,12 @@ _PACKAGES = {
 """Module and extra that each protocol needs."""
 
 _HTTP = ("http", "https")
+_SESSIONS = {"http": "client_kwargs", "https": "client_kwargs", "gs": "session_kwargs"}
+"""What the file systems call the settings of their aiohttp session."""
+
 _CONNECT_S, _READ_S = 10, 60
 
-_SETTINGS = ("AWS_", "FSSPEC_", "GOOGLE_", "HF_")
+_SETTINGS = ("AWS_", "FSSPEC_", "GOOGLE_", "HF_", "STORAGE_EMULATOR_HOST")
 """Beginnings of the environment variables that the file systems look at."""
 
 _opening = threading.Lock()
@@ -90,12 +94,21 @@ class Connection:
         """Put a file, or bytes, under ``name``, and see that all of it has arrived.
 
         Raises:
-            CacheError: also if what is there afterwards has another size.
+            CacheError: also if there is no such bucket, or if what is there afterwards has another size.
+            FileNotFoundError: if ``source`` is not there.
         """
-        if isinstance(source, bytes):
-            self._call(self._fs.pipe_file, self._path(name), source)
-        else:
-            self._call(self._fs.put_file, str(source), self._path(name))
+        try:
+            if isinstance(source, bytes):
+                self._call(self._fs.pipe_file, self._path(name), source)
+            else:
+                self._call(self._fs.put_file, str(source), self._path(name))
+        except FileNotFoundError as error:
+            if isinstance(source, Path) and not source.exists():
+                raise
+            raise CacheError(
+                f"there is nothing to write to at {self._url}: no such bucket or repository.",
+                "Make it, and run again: what has been made here is kept.",
+            ) from error
         sent, found = len(source) if isinstance(source, bytes) else source.stat().st_size, self.size(name)
         if found != sent:
             raise CacheError(f"{self._url / name} has {found} bytes after {sent} were sent.", "Run it again.")
@@ -144,7 +157,10 @@ def _open_file_system(protocol: str, process: int, settings: tuple[tuple[str, st
     import fsspec
 
     _ = process, settings
-    fs = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True, **_options(protocol))
+    options = {"use_listings_cache": False, "skip_instance_cache": True, **_options(protocol)}
+    if protocol == "gs":
+        return open_google(**options)
+    fs = fsspec.filesystem(protocol, **options)
     if protocol == "s3":
         fs.retries = 1  # Patience asks again, and tells
     return fs
@@ -161,9 +177,9 @@ def _options(protocol: str) -> dict[str, Any]:
             "response_checksum_validation": "when_required",
         }
         return {"config_kwargs": config}
-    if protocol in _HTTP:
+    if protocol in _SESSIONS:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_READ_S)
-        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+        return {_SESSIONS[protocol]: {"timeout": timeout, "trust_env": True}}
     return {}

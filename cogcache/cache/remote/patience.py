@@ -40,6 +40,9 @@ _CREDENTIALS = {
     "hf": "Set HF_TOKEN, or run 'hf auth login', with a token that may use this repository.",
 }
 
+_ENDPOINTS = {"s3": ["AWS_ENDPOINT_URL"], "gs": ["STORAGE_EMULATOR_HOST"], "hf": ["HF_ENDPOINT"]}
+"""Environment variables that lead to another server."""
+
 
 def credentials_hint(url: Url) -> str:
     """What to set where the server wants to know who asks."""
@@ -120,7 +123,8 @@ class Patience:
     def _silence(self, waited: float, error: Exception) -> CacheError:
         hint = "Nothing is lost: run the same command again when it does (train: with --resume latest)."
         if not self.known:
-            hint = f"It has never answered: check the address, the network and AWS_ENDPOINT_URL. {hint}"
+            what = ", ".join(["the address", "the network", *_ENDPOINTS.get(self._url.protocol, [])])
+            hint = f"It has never answered: check {what}. {hint}"
         return CacheError(f"{self._url} has not answered for {waited:.0f} s: {_reason(error)}.", hint)
 
     def _answered(self) -> None:
