@@ -1,7 +1,7 @@
 """The command line: the only place that knows all stages.
 
-Exit codes: 0 done; 2 bad input, nothing lost; 3 done, but some clips failed; 4 the loss became
-non-finite; 5 the cache is damaged; 130 or 143 stopped by Ctrl-C or SIGTERM, go on with the same command.
+Exit codes: 0 done; 2 bad input, nothing lost; 3 done, but some clips failed; 4 the loss became non-finite; 5 the
+cache is damaged; 6 nothing fits the memory; 130 or 143 stopped by Ctrl-C or SIGTERM, go on with the same command.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 
     CogcacheError                 exit code 2: the input or the environment must be mended first
     ├── ConfigError               a flag or a YAML key is wrong
+    │   └── NothingFitsError      ... or asks for more memory than there is (exit code 6)
     ├── DatasetError              the lists of clips and captions are wrong (all mistakes at once)
     ├── ModelError                a checkpoint is missing, incomplete or of an unsupported kind
     ├── GeometryError             a frame count or picture size the model cannot take
@@ -40,6 +41,7 @@ __all__ = [
     "MismatchError",
     "ModelError",
     "NonFiniteError",
+    "NothingFitsError",
     "PartialFailureError",
     "StoppedError",
     "StorageError",
@@ -69,6 +71,12 @@ class CogcacheError(Exception):
 
 class ConfigError(CogcacheError):
     """A flag or a YAML key is unknown or has a wrong value."""
+
+
+class NothingFitsError(ConfigError):
+    """In no way that is planned with does a training fit the memory."""
+
+    exit_code = 6
 
 
 class DatasetError(CogcacheError):

@@ -17,7 +17,16 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from cogcache.errors import GeometryError, ModelError
 from cogcache.geometry import Size, check_frames, check_size, latent_frames
 
-__all__ = ["Positions", "Task", "Variant", "read_config", "read_variant", "variant_of", "weights_dtype"]
+__all__ = [
+    "Positions",
+    "Task",
+    "Variant",
+    "expected_dtype",
+    "read_config",
+    "read_variant",
+    "variant_of",
+    "weights_dtype",
+]
 
 Positions = Literal["sincos", "rope", "rope+learned"]
 Task = Literal["t2v", "i2v"]
@@ -72,6 +81,11 @@ class Variant(BaseModel):
         All others were trained in bfloat16 (CogVideoX model cards).
         """
         return self.positions == "sincos"
+
+    @property
+    def native_dtype(self) -> str:
+        """What the published weights are stored in."""
+        return "float16" if self.trained_in_float16 else "bfloat16"
 
     @property
     def size_multiple(self) -> int:
@@ -238,6 +252,15 @@ def _scheduler_facts(config: dict[str, Any]) -> dict[str, Any]:
         "snr_shift_scale": float(config.get("snr_shift_scale", 3.0)),
         "num_train_timesteps": int(config.get("num_train_timesteps", 1000)),
     }
+
+
+def expected_dtype(folder: Path, variant: Variant) -> str:
+    """That of a component's weights; where they have not been fetched, that of the published ones.
+
+    Raises:
+        ModelError: if they are there and cannot be read.
+    """
+    return weights_dtype(folder) if any(folder.glob("*.safetensors")) else variant.native_dtype
 
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from cogcache.errors import LoraError, ModelError
 from cogcache.lora import LoraHeader
 from cogcache.tensorfile import read_tensor_header
-from cogcache.variants import Variant
+from cogcache.variants import Variant, read_config
 
 __all__ = ["check_lora_fits", "family_differences"]
 
@@ -77,13 +77,27 @@ def _check_family(lora: LoraHeader, trained_on: Variant, variant: Variant, model
 
 
 def _transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of the weights; where they have not been fetched yet, as the config has them."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return _configured_shapes(folder)
+    for file in files:
         try:
             shapes.update(read_tensor_header(file).shapes)
         except (OSError, ValueError) as error:
             raise ModelError(f"{file} cannot be read: {error}.") from None
     return shapes
+
+
+def _configured_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    import torch
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
+
+    config = read_config(folder.parent, f"{folder.name}/config.json")
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer3DModel.from_config(config)
+    return {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
 
 
 def _check_shapes(lora: LoraHeader, layers: dict[str, tuple[int, ...]], model: str) -> None:

@@ -11,11 +11,11 @@ from cogcache.planner.costs import disk_of, encode_seconds
 from cogcache.planner.subject import Clips, Model
 from cogcache.planner.target import Target
 from cogcache.train.flops import Flops, StepFlops
-from cogcache.train.memory.forecast import Forecast, Job, shortfall
+from cogcache.train.memory.forecast import Forecast, Job, host_parts, shortfall
 
 __all__ = ["VERSION", "describe"]
 
-VERSION = 1
+VERSION = 2
 """Of the JSON: raised when a field changes its meaning or goes."""
 _COMPILES_S = 40.0
 """What the first step of a bucket takes longer where blocks are compiled, on an H200's host, nothing cached."""
@@ -30,8 +30,10 @@ def describe(
         plans: For each target what the tiers take, ``plain`` first.
     """
     config = job.config
+    targets = [_target(model, clips, job, target, found, image_draws) for target, found in plans]
     return {
         "version": VERSION,
+        "fits": any(target["auto"] for target in targets),
         "model": _model(model, job),
         "settings": {
             name: getattr(config, name)
@@ -39,7 +41,7 @@ def describe(
         },
         "clips": _clips(clips, job),
         "disk": _disk(model, clips, image_draws),
-        "targets": [_target(model, clips, job, target, found, image_draws) for target, found in plans],
+        "targets": targets,
     }
 
 
@@ -107,11 +109,11 @@ def _target(
 
 def _tier(forecast: Forecast, target: Target, config: TrainConfig) -> dict[str, Any]:
     memory = forecast.memory
-    missing = shortfall(memory, target.free)
+    missing, host = shortfall(memory, target.free), host_parts(forecast, target.free)
     return {
         "tier": forecast.tier,
         "gpu": {**memory.device_parts, "together": memory.device},
-        "host": {**memory.host_parts, "together": memory.host, "while_loading": memory.loading},
+        "host": {**host, "together": sum(host.values()), "while_loading": memory.loading},
         "flops": _flops(forecast.flops, config.grad_accum),
         "seconds": forecast.mean_s,
         "seconds_by_bucket": {str(bucket): seconds for bucket, seconds in forecast.seconds.items()},
@@ -121,7 +123,7 @@ def _tier(forecast: Forecast, target: Target, config: TrainConfig) -> dict[str, 
 
 
 def _flops(flops: StepFlops, times: int) -> dict[str, Any]:
-    """Of a whole step in the largest bucket."""
+    """Of a whole step, on the mean over all clips."""
 
     def both(part: Flops) -> dict[str, int]:
         return {"linear": times * part.linear, "attention": times * part.attention}

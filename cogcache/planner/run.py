@@ -13,6 +13,7 @@ from cogcache.cache.files import make_folder, storage_errors
 from cogcache.cache.reader import CacheReader
 from cogcache.config import TrainConfig
 from cogcache.config_io import load_config
+from cogcache.errors import NothingFitsError
 from cogcache.models import torch_dtype
 from cogcache.planner.report import describe
 from cogcache.planner.subject import Model, clips_of, find_model
@@ -56,9 +57,19 @@ def plan(request: PlanRequest, json_out: str | None = None) -> None:
     Raises:
         ConfigError, ModelError, CacheError, GeometryError: if settings, model, shards or shapes are wrong.
         StorageError: if the JSON cannot be written.
+        NothingFitsError: after all that, if nothing fits; of several cards, none.
     """
     value, text = make_plan(request)
-    content = json.dumps(value, indent=2) + "\n"
+    _tell(text, json.dumps(value, indent=2) + "\n", json_out)
+    if not value["fits"]:
+        names = ", ".join(target["name"] for target in value["targets"])
+        raise NothingFitsError(
+            f"nothing fits into the memory that is planned with ({names}).",
+            "Fewer frames, a smaller size, --batch-size 1 or a lower --rank need less.",
+        )
+
+
+def _tell(text: str, content: str, json_out: str | None) -> None:
     if json_out == "-":
         sys.stdout.write(content)
         return

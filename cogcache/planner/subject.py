@@ -14,7 +14,7 @@ from cogcache.errors import ConfigError, ModelError
 from cogcache.geometry import Bucket, parse_bucket, parse_size
 from cogcache.models import resolve_model
 from cogcache.tiny.families import Family, facts_of
-from cogcache.variants import Variant, read_config, read_variant, variant_of, weights_dtype
+from cogcache.variants import Variant, expected_dtype, read_config, read_variant, variant_of
 
 __all__ = ["Clips", "Model", "clips_of", "family_model", "find_model"]
 
@@ -78,13 +78,11 @@ def find_model(model: str | None, family: Family | None, shards: CacheReader | N
 
 def _local_model(name: str, root: Path) -> Model:
     variant = read_variant(root)
-    folder = root / "transformer"
-    stored = any(folder.glob("*.safetensors"))
     return Model(
         name,
         read_config(root, "transformer/config.json"),
         variant,
-        weights_dtype(folder) if stored else _native(variant),
+        expected_dtype(root / "transformer", variant),
         read_config(root, "vae/config.json").get("block_out_channels") == _PUBLISHED_VAE,
     )
 
@@ -94,11 +92,7 @@ def family_model(family: Family) -> Model:
     facts = facts_of(family)
     config = real_config(family, facts.transformer())
     variant = variant_of(config, facts.vae(), facts.scheduler())
-    return Model(f"CogVideoX {family}", config, variant, _native(variant), True)
-
-
-def _native(variant: Variant) -> str:
-    return "float16" if variant.trained_in_float16 else "bfloat16"
+    return Model(f"CogVideoX {family}", config, variant, variant.native_dtype, True)
 
 
 def clips_of(

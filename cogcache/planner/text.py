@@ -51,7 +51,9 @@ def _head(plan: Mapping[str, Any]) -> str:
     if not clips["encoded_for_this_model"]:
         lines.append("These shards were encoded for another kind of model: train would refuse them.")
     if len(clips["buckets"]) > 1:
-        lines.append(f"Memory is that of {clips['memory_is_that_of']}; times are the mean over all clips.")
+        lines.append(
+            f"Memory is that of {clips['memory_is_that_of']}; operations and times are the mean over all clips."
+        )
     return "\n".join(lines)
 
 
@@ -108,7 +110,7 @@ def _verdict(target: Mapping[str, Any]) -> str:
             lines.append(f"  {tier['tier']} does not fit: it needs {tier['missing']}.")
     head = f"--memory auto takes {target['auto']}."
     if not target["auto"]:
-        head = "Nothing fits. Fewer frames, a smaller size, --batch-size 1 or a lower --rank need less."
+        head = "Nothing fits."
     return "\n".join([head, *lines])
 
 

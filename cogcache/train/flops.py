@@ -14,7 +14,7 @@ The transformer may lie on the meta device: only names, shapes and ``requires_gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from cogcache.geometry import Bucket
 from cogcache.train.memory.measures import Measures
 from cogcache.variants import Variant
 
-__all__ = ["Flops", "StepFlops", "step_flops"]
+__all__ = ["Flops", "StepFlops", "mean_flops", "step_flops"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,23 @@ class StepFlops:
     def total(self) -> int:
         """Everything that the device computes."""
         return self.needed + self.recomputed.total
+
+
+def mean_flops(steps: Sequence[tuple[StepFlops, int]]) -> StepFlops:
+    """The mean of several steps, each with how often it is taken."""
+
+    def mean(parts: Sequence[tuple[Flops, int]]) -> Flops:
+        total = sum(count for _, count in parts)
+        linear = sum(flops.linear * count for flops, count in parts)
+        return Flops(
+            round(linear / total), round(sum(flops.attention * count for flops, count in parts) / total)
+        )
+
+    return StepFlops(
+        mean([(step.forward, count) for step, count in steps]),
+        mean([(step.backward, count) for step, count in steps]),
+        mean([(step.recomputed, count) for step, count in steps]),
+    )
 
 
 def step_flops(

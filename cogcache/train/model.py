@@ -17,7 +17,7 @@ from cogcache.lora import Provenance, save_lora
 from cogcache.models import loading, torch_dtype
 from cogcache.train.adapter import load_init_lora, peft_config
 from cogcache.train.weights import read_weights
-from cogcache.variants import Variant, weights_dtype
+from cogcache.variants import Variant, expected_dtype, weights_dtype
 
 __all__ = [
     "add_lora",
@@ -31,14 +31,19 @@ __all__ = [
 ]
 
 
-def base_dtype(root: Path, choice: str, variant: Variant) -> torch.dtype:
+def base_dtype(root: Path, choice: str, variant: Variant, *, fetched: bool = True) -> torch.dtype:
     """The dtype the frozen transformer runs in.
 
+    Args:
+        choice: ``auto`` is that of the weights.
+        fetched: Whether the weights must be there; without them, ``auto`` is what they are expected to be.
+
     Raises:
+        ModelError: if they are not there or cannot be read.
         ConfigError: if that would be float16 for a model that was not trained in it: bfloat16's range is far
             wider, and activations of such models overflow float16.
     """
-    native = weights_dtype(root / "transformer")
+    native = weights_dtype(root / "transformer") if fetched else expected_dtype(root / "transformer", variant)
     name = native if choice == "auto" else choice
     if name == "float16" and not variant.trained_in_float16:
         raise ConfigError(

@@ -28,6 +28,7 @@ __all__ = [
     "FREE_FIELDS",
     "check_resume",
     "claim_output",
+    "fetch_base",
     "output_folder",
     "provenance_of",
     "resolve_base",
@@ -60,22 +61,17 @@ def output_folder(config: TrainConfig) -> Path:
     return config.output or Path("runs") / folder_name(config.shards)
 
 
-def resolve_base(
-    config: TrainConfig, manifest: Manifest, *, decoder: bool = False
-) -> tuple[Path, str, Variant]:
+def resolve_base(config: TrainConfig, manifest: Manifest) -> tuple[Path, str, Variant]:
     """The base model's folder, its id and its facts, which must be those the cache was made with.
 
-    With ``decoder`` the VAE is there, too.
+    Of a model on the hub, only config files are fetched: :func:`fetch_base` gets the rest.
 
     Raises:
         ModelError: if the model is not there.
         MismatchError: if ``--model`` is of another kind than the cache's model.
     """
     name = config.model or manifest.model.id
-    parts: tuple[Component, ...] = ("transformer", "scheduler")
-    root = resolve_model(name, (*parts, "vae") if decoder else parts)
-    if decoder:
-        check_decoder(root)
+    root = resolve_model(name, ())
     variant = read_variant(root)
     wrong = differences(_facts(manifest.model.variant), _facts(variant))
     if wrong:
@@ -85,6 +81,19 @@ def resolve_base(
             "Leave --model out, or encode again for this model.",
         )
     return root, str(root.resolve()) if Path(name).expanduser().is_dir() else name, variant
+
+
+def fetch_base(model_id: str, *, decoder: bool = False) -> Path:
+    """The folder of the base model with all that training reads; with ``decoder``, the VAE's weights, too.
+
+    Raises:
+        ModelError: if a part is missing, or cannot be fetched.
+    """
+    parts: tuple[Component, ...] = ("transformer", "scheduler")
+    root = resolve_model(model_id, (*parts, "vae") if decoder else parts)
+    if decoder:
+        check_decoder(root)
+    return root
 
 
 def _facts(variant: Variant) -> dict[str, Any]:

@@ -23,10 +23,9 @@ from typing_extensions import Self
 from cogcache.errors import CogcacheError
 from cogcache.progress import say
 from cogcache.train.checkpoints import TrainerState, prune_checkpoints, save_checkpoint
+from cogcache.train.memory.host import COPIES_SHARE, locked_size
 
 __all__ = ["Draft", "HostCopies", "Saver"]
-
-_MOST = 0.5
 
 
 class HostCopies:
@@ -43,8 +42,8 @@ class HostCopies:
         """Whether buffers for these are there, or take at most half of the free host memory."""
         import psutil
 
-        missing = sum(tensor.nbytes for name, tensor in tensors.items() if name not in self._buffers)
-        return missing <= _MOST * int(psutil.virtual_memory().available)
+        missing = sum(self._size(tensor) for name, tensor in tensors.items() if name not in self._buffers)
+        return missing <= COPIES_SHARE * int(psutil.virtual_memory().available)
 
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Start copying; those of the last call are overwritten. What lies on the host is copied at once."""
@@ -68,6 +67,9 @@ class HostCopies:
         """Wait until the copies have arrived."""
         if self._done is not None:
             self._done.synchronize()
+
+    def _size(self, tensor: Tensor) -> int:
+        return tensor.nbytes if self._stream is None else locked_size(tensor.nbytes)
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
         if name not in self._buffers:

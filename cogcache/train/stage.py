@@ -23,6 +23,7 @@ from cogcache.train.model import base_dtype, load_scheduler, load_transformer
 from cogcache.train.run import (
     check_resume,
     claim_output,
+    fetch_base,
     output_folder,
     provenance_of,
     resolve_base,
@@ -73,10 +74,21 @@ def train(config: TrainConfig, *, begun: float = 0.0) -> TrainResult:
         reader = CacheReader(config.shards, _remote(config))
         training, held_out = split_holdout(reader.samples, config)
         check_validation(config, reader, held_out)
-    root, model_id, variant = resolve_base(config, reader.manifest, decoder=wants_videos(config, reader))
+    root, model_id, variant = resolve_base(config, reader.manifest)
     config = continue_from(config, variant, root, model_id)
     samples = Samples(reader, variant, config, training)
+    with startup.part("imports"):
+        import_libraries()
+    with startup.part("GPU"):
+        accelerator = open_accelerator(config)
+    expected = base_dtype(root, config.dtype, variant, fetched=False)
+    placement = plan_blocks(
+        config, accelerator, root, samples, expected
+    )  # refuses before weights are fetched
+    root = fetch_base(model_id, decoder=wants_videos(config, reader))
     dtype = base_dtype(root, config.dtype, variant)
+    if dtype != expected:
+        placement = plan_blocks(config, accelerator, root, samples, dtype)
     config = config.model_copy(
         update={
             "model": model_id,
@@ -84,11 +96,6 @@ def train(config: TrainConfig, *, begun: float = 0.0) -> TrainResult:
             "dtype": str(dtype).removeprefix("torch."),
         }
     )
-    with startup.part("imports"):
-        import_libraries()
-    with startup.part("GPU"):
-        accelerator = open_accelerator(config)
-    placement = plan_blocks(config, accelerator, root, samples, dtype)
     run = run_record(config, reader.manifest, accelerator.num_processes, held_out)
     output, checkpoint = claim_output(config)
     if checkpoint:

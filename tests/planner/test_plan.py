@@ -170,7 +170,57 @@ def test_several_shapes_share_the_clips() -> None:
     small = tiers(plan)["small"]
     by_bucket = small["seconds_by_bucket"]
     assert small["seconds"] == pytest.approx((3 * by_bucket["25x480x720"] + 2 * by_bucket["49x480x720"]) / 5)
-    assert "mean over all clips" in text
+    assert "operations and times are the mean over all clips" in text
+    alone = [
+        tiers(make_plan(PlanRequest(family="5b", bucket=[one], gpu="H200"))[0])["balanced"]["flops"]
+        for one in ("25x480x720", "49x480x720")
+    ]
+    for part, kinds in tiers(plan)["balanced"]["flops"].items():
+        for kind, count in kinds.items():
+            assert count == round((3 * alone[0][part][kind] + 2 * alone[1][part][kind]) / 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--gpu-memory", "2"], 6),
+        (["--gpu-memory", "12", "--host-memory", "8"], 6),
+        (["--gpu-memory", "12"], 0),
+        ([], 0),  # of typical cards one is enough
+        (["--host-memory", "8"], 6),
+        (["--gpu-memory", "80", "--training-type", "full"], 6),
+    ],
+)
+def test_an_exit_code_tells_that_nothing_fits(
+    words: list[str], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    assert run(["plan", "--family", "5b", *words, "--json", str(out)]) == code
+    said = capsys.readouterr()
+    assert "GPU memory at the peak" in said.out
+    assert ("nothing fits" in said.err) is (code == 6)
+    assert json.loads(out.read_text())["fits"] is (code == 0)
+    assert run(["plan", "--family", "5b", *words, "--json", "-"]) == code
+    assert json.loads(capsys.readouterr().out) == json.loads(out.read_text())
+
+
+def test_copies_of_checkpoints_are_counted_where_there_is_room() -> None:
+    def host(**request: Any) -> dict[str, int]:
+        plan, _ = make_plan(PlanRequest(family="5b", gpu_memory=24, **request))
+        found: dict[str, int] = tiers(plan)["balanced"]["host"]
+        return found
+
+    roomy = host(host_memory=64)
+    assert roomy["checkpoint_copies"] == pytest.approx(
+        2.0 * 2**30, rel=0.05
+    )  # 168 matrices, 2 MiB each, thrice
+    bare = host(training={"checkpoint_every": 0})
+    assert bare["checkpoint_copies"] == 0
+    assert roomy["together"] - bare["together"] == roomy["checkpoint_copies"]
+    assert host(host_memory=5.5)["checkpoint_copies"] == 0  # more than half of what is left
+    plan, text = make_plan(PlanRequest(family="5b", gpu_memory=24, host_memory=64))
+    assert "copies of checkpoints" in text
+    assert all(tier["fits"] for tier in plan["targets"][0]["tiers"][2:])
 
 
 def test_accumulation_and_full_training() -> None:
@@ -237,8 +287,9 @@ def test_json_goes_to_a_file_or_alone_to_the_screen(tmp_path: Path) -> None:
     alone = CliRunner().invoke(app, [*words, "--json", "-"])
     assert alone.exit_code == 0, alone.output
     plan = json.loads(alone.stdout)
-    assert plan["version"] == 1
-    assert plan.keys() == {"version", "model", "settings", "clips", "disk", "targets"}
+    assert plan["version"] == 2
+    assert plan["fits"] is True
+    assert plan.keys() == {"version", "fits", "model", "settings", "clips", "disk", "targets"}
     out = tmp_path / "plans" / "plan.json"
     both = CliRunner().invoke(app, [*words, "--json", str(out)])
     assert "--memory auto takes fast" in both.stdout

@@ -7,6 +7,7 @@ decision; the LoRA left out of the model without weights; the mean over clips no
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -14,14 +15,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from accelerate import DistributedType
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from cogcache.bench.real import real_config
 from cogcache.config import TrainConfig
-from cogcache.errors import ConfigError
+from cogcache.errors import ConfigError, LoraError, NothingFitsError
 from cogcache.geometry import Bucket, Size
+from cogcache.lora import read_lora_header
 from cogcache.tiny import Family
 from cogcache.tiny.families import facts_of
 from cogcache.train import stage
@@ -200,6 +205,81 @@ def test_train_refuses_before_any_weight_is_read(
         stage.train(config)
     assert "frozen weights of the blocks" in caught.value.message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def hub(tiny_models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that holds one model, ``someone/model``, in float32; what it was asked for is listed."""
+    root, snapshot, asked = tiny_models("5b"), tmp_path / "snapshot", list[str]()
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        assert name == "someone/model"
+        for pattern in allow_patterns:
+            for file in root.glob(pattern):
+                (snapshot / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, snapshot / file.relative_to(root))
+        asked.append("weights" if any("safetensors" in one for one in allow_patterns) else "configs")
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_no_weights_are_fetched_for_what_does_not_fit(
+    settings: Settings,
+    gpu: Callable[[float], SimpleNamespace],
+    hub: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(stage, "open_accelerator", lambda _: gpu(0.0001))
+    changes: dict[str, Any] = {"gradient_checkpointing": None, "output": tmp_path / "run"}
+    with pytest.raises(NothingFitsError):
+        stage.train(settings(model="someone/model", **changes))
+    assert hub == ["configs"]
+    assert NothingFitsError.exit_code == 6
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_weights_are_fetched_when_it_is_decided(
+    dtype: str, settings: Settings, hub: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And it is decided anew where they turn out to be in another dtype than the published ones."""
+    decided = []
+
+    def plan_blocks(*arguments: Any) -> place.Placement:
+        decided.append((arguments[-1], tuple(hub)))
+        return place.Placement(None)
+
+    monkeypatch.setattr(stage, "plan_blocks", plan_blocks)
+    stage.train(settings(model="someone/model", output=tmp_path / "run", steps=1, dtype=dtype))
+    expected = [(torch.float32, ("configs", "weights"))]
+    if dtype == "auto":
+        expected.insert(0, (torch.bfloat16, ("configs",)))
+    else:
+        expected = [(torch.float32, ("configs",))]
+    assert decided == expected
+    assert hub == ["configs", "weights"]
+    assert (
+        read_lora_header(tmp_path / "run" / "pytorch_lora_weights.safetensors").base_model == "someone/model"
+    )
+
+
+def test_an_initial_lora_is_checked_before_weights_are_fetched(
+    settings: Settings, hub: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = stage.train(settings(model="someone/model", output=tmp_path / "first", steps=1))
+    hub.clear()
+    shutil.rmtree(tmp_path / "snapshot")
+    monkeypatch.delattr(stage, "open_accelerator")  # it does not come so far
+    tensors = load_file(first.lora)
+    name = next(name for name in tensors if "to_k.lora_A" in name)
+    tensors[name] = torch.zeros(tensors[name].shape[0], 7)
+    with safe_open(first.lora, "pt") as file:
+        save_file(tensors, tmp_path / "wrong.safetensors", metadata=file.metadata())
+    with pytest.raises(LoraError, match="at .*to_k its lora_A is"):
+        stage.train(settings(model="someone/model", init_lora=tmp_path / "wrong.safetensors"))
+    assert hub == ["configs"]
 
 
 def test_what_is_decided_is_told(

@@ -180,7 +180,7 @@ def test_no_checkpoint_of_a_step_that_is_not_finite(
 def test_without_room_for_copies_training_waits(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, reference: dict[str, bytes]
 ) -> None:
-    monkeypatch.setattr(saver, "_MOST", 0.0)
+    monkeypatch.setattr(saver, "COPIES_SHARE", 0.0)
     done: list[int] = []
     start = saver.Saver.start
 

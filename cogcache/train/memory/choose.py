@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 
 from cogcache.config import TrainConfig
-from cogcache.errors import ConfigError
+from cogcache.errors import ConfigError, NothingFitsError
 from cogcache.train.memory.estimate import Need
 from cogcache.train.memory.forecast import Forecast, shortfall
 from cogcache.train.memory.measures import TIERS, Measures, Tier
@@ -65,14 +65,14 @@ def choose(forecasts: Sequence[Forecast], free: Need) -> Forecast:
         free: Bytes that are free on the device and on the host.
 
     Raises:
-        ConfigError: if none fits, with a table of what each would need.
+        NothingFitsError: if none fits, with a table of what each would need.
     """
     if len(forecasts) == 1:
         return forecasts[0]
     for forecast in forecasts:
         if not shortfall(forecast.memory, free):
             return forecast
-    raise ConfigError(
+    raise NothingFitsError(
         f"no memory tier fits into {_gib(free.device)} of GPU memory and {_gib(free.host)} of host memory that are "
         f"free.\n\n{tier_table(forecasts, free)}\n",
         "Use fewer frames, a smaller size, --batch-size or --rank ('cogcache plan' tells what they take); or give the "

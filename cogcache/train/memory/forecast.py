@@ -11,17 +11,20 @@ import torch
 from cogcache.config import TrainConfig
 from cogcache.geometry import Bucket
 from cogcache.train.adapter import peft_config
-from cogcache.train.flops import StepFlops, step_flops
+from cogcache.train.flops import StepFlops, mean_flops, step_flops
 from cogcache.train.memory.estimate import Estimate, Need, estimate
+from cogcache.train.memory.host import COPIES_SHARE
 from cogcache.train.memory.measures import Measures
 from cogcache.train.memory.speed import Rates, microbatch_seconds, update_seconds
 from cogcache.train.memory.workload import Workload, workload_of
 from cogcache.variants import Variant
 
-__all__ = ["Forecast", "Job", "shortfall", "unloaded_transformer"]
+__all__ = ["Forecast", "Job", "host_parts", "shortfall", "unloaded_transformer"]
 
 _DEVICE_SHARE, _HOST_SHARE = 0.94, 0.85
 """What of the free memory is planned with: the allocator's gaps and other programs need the rest."""
+_COPIED = 3
+"""Of each trained parameter a checkpoint holds the weight and AdamW's two moments."""
 
 
 def unloaded_transformer(facts: Mapping[str, Any], config: TrainConfig, dtype: torch.dtype) -> Any:
@@ -52,14 +55,15 @@ def unloaded_transformer(facts: Mapping[str, Any], config: TrainConfig, dtype: t
 
 @dataclass(frozen=True)
 class Forecast:
-    """One tier's steps. Memory and operations are those of the largest bucket.
+    """One tier's steps. Memory is that of the largest bucket.
 
     Attributes:
         measures: None for diffusers' own blocks.
-        flops: Of one microbatch.
+        flops: Of one microbatch, on the mean over all clips.
         seconds: A step of each bucket; empty where no rates are known.
         typical_s: A step of the bucket that most clips are in, or of one in the middle.
         mean_s: A step, on the mean over all clips.
+        copies: Bytes of page-locked host memory for a checkpoint's copies, where there is room: :func:`host_parts`.
     """
 
     tier: str
@@ -69,6 +73,7 @@ class Forecast:
     seconds: Mapping[Bucket, float]
     typical_s: float | None
     mean_s: float | None
+    copies: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,23 +103,26 @@ class Job:
         """
         checkpointing = bool(self.transformer.gradient_checkpointing)
         accumulates = self.config.grad_accum > 1 or self.processes > 1
+        load = self._load(*self.clips)
         memory = estimate(
-            self._load(*self.clips),
+            load,
             measures,
             checkpointing=checkpointing,
             gradients_stay=accumulates,
         )
+        flops = {bucket: self._flops(bucket, measures) for bucket in sorted(self.clips)}
         seconds = {}
         if rates is not None and self.compute != torch.float32:
-            seconds = {bucket: self._step_seconds(bucket, measures, rates) for bucket in sorted(self.clips)}
+            seconds = {bucket: self._step_seconds(bucket, flops[bucket], measures, rates) for bucket in flops}
         return Forecast(
             tier,
             measures,
             memory,
-            self._flops(self.largest, measures),
+            mean_flops([(flops[bucket], count) for bucket, count in self.clips.items()]),
             seconds,
             _middle(seconds, self.clips) if seconds else None,
             _mean(seconds, self.clips) if seconds else None,
+            _COPIED * load.locked if self.config.checkpoint_every else 0,
         )
 
     @property
@@ -133,11 +141,13 @@ class Job:
     def _flops(self, bucket: Bucket, measures: Measures | None) -> StepFlops:
         return step_flops(self.transformer, self.variant, bucket, self.config.batch_size, measures)
 
-    def _step_seconds(self, bucket: Bucket, measures: Measures | None, rates: Rates) -> float:
+    def _step_seconds(
+        self, bucket: Bucket, flops: StepFlops, measures: Measures | None, rates: Rates
+    ) -> float:
         load = self._load(bucket)
         micro = microbatch_seconds(
             load,
-            self._flops(bucket, measures),
+            flops,
             measures,
             rates,
             checkpointing=bool(self.transformer.gradient_checkpointing),
@@ -169,6 +179,18 @@ def shortfall(memory: Estimate, free: Need) -> str:
     if host > _HOST_SHARE * free.host:
         missing.append(f"{_gib(host)} GiB of host memory where {_gib(_HOST_SHARE * free.host)} may be used")
     return " and ".join(missing)
+
+
+def host_parts(forecast: Forecast, free: Need | None = None) -> dict[str, int]:
+    """What is page-locked on the host by part, bytes: the tier's, and ``checkpoint_copies``.
+
+    Those never keep a tier out: without room for them none are made.
+
+    Args:
+        free: Memory before anything is loaded; None: there is room.
+    """
+    room = free is None or forecast.copies <= COPIES_SHARE * (free.host - forecast.memory.host)
+    return {**forecast.memory.host_parts, "checkpoint_copies": forecast.copies if room else 0}
 
 
 def _gib(size: float) -> str:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from cogcache.streamed import CopyStreams, host_memory
 
-__all__ = ["CopyStreams", "HostPool", "Kept", "host_memory", "locked_size", "pool_size"]
+__all__ = ["COPIES_SHARE", "CopyStreams", "HostPool", "Kept", "host_memory", "locked_size", "pool_size"]
 
+COPIES_SHARE = 0.5
+"""Of the free host memory, what copies of a checkpoint may take; see :class:`~cogcache.train.saver.HostCopies`."""
 _MOST, _GOOD = 16, 0.9
 
 

@@ -16,7 +16,7 @@ from cogcache.train.data import Samples
 from cogcache.train.memory.blocks import install
 from cogcache.train.memory.choose import candidates, choose, free_memory, uses_stock_blocks
 from cogcache.train.memory.estimate import Need
-from cogcache.train.memory.forecast import Forecast, Job, shortfall, unloaded_transformer
+from cogcache.train.memory.forecast import Forecast, Job, host_parts, shortfall, unloaded_transformer
 from cogcache.train.memory.gpus import find_card, measured_rates
 from cogcache.train.memory.measures import Measures
 from cogcache.variants import read_config
@@ -52,7 +52,8 @@ def plan_blocks(
         dtype: What the base computes in.
 
     Raises:
-        ConfigError: if the settings do not go together, or nothing fits the free memory.
+        ConfigError: if the settings do not go together.
+        NothingFitsError: if nothing fits the free memory.
     """
     from accelerate import DistributedType
 
@@ -87,7 +88,8 @@ def _free(accelerator: Accelerator) -> Need:
 
 def _tell(forecast: Forecast, free: Need) -> None:
     memory = forecast.memory
-    host = f" and {memory.host / 2**30:.1f} GiB of host memory" if memory.host else ""
+    needed = sum(host_parts(forecast, free).values())
+    host = f" and {needed / 2**30:.1f} GiB of host memory" if needed else ""
     pace = f", {forecast.mean_s:.2f} s a step" if forecast.mean_s else ""
     say(
         f"Memory: tier {forecast.tier}, about {memory.device / 2**30:.1f} of {free.device / 2**30:.1f} GiB free"

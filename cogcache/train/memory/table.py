@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cogcache.train.memory.estimate import Need
-from cogcache.train.memory.forecast import Forecast, shortfall
+from cogcache.train.memory.forecast import Forecast, host_parts, shortfall
 
 __all__ = ["DEVICE_PARTS", "HOST_PARTS", "aligned", "tier_table"]
 
@@ -25,8 +25,11 @@ HOST_PARTS = {
     "optimizer_state": "optimizer state",
     "block_inputs": "block inputs kept",
     "attention_outputs": "attention outputs kept",
+    "checkpoint_copies": "copies of checkpoints",
 }
-"""Names of the parts of an :class:`~cogcache.train.memory.estimate.Estimate`, for people."""
+"""Names, for people, of the parts of an :class:`~cogcache.train.memory.estimate.Estimate` and of
+:func:`~cogcache.train.memory.forecast.host_parts`.
+"""
 
 
 def tier_table(forecasts: Sequence[Forecast], free: Need | None = None, *, times: bool = True) -> str:
@@ -35,8 +38,9 @@ def tier_table(forecasts: Sequence[Forecast], free: Need | None = None, *, times
     rows += _parts(DEVICE_PARTS, [forecast.memory.device_parts for forecast in forecasts])
     rows.append(["  together", *(_gib(forecast.memory.device) for forecast in forecasts)])
     rows.append(["page-locked host memory, GiB", *("" for _ in forecasts)])
-    rows += _parts(HOST_PARTS, [forecast.memory.host_parts for forecast in forecasts])
-    rows.append(["  together", *(_gib(forecast.memory.host) for forecast in forecasts)])
+    host = [host_parts(forecast, free) for forecast in forecasts]
+    rows += _parts(HOST_PARTS, host)
+    rows.append(["  together", *(_gib(sum(parts.values())) for parts in host)])
     rows.append(
         ["host memory while loading, GiB", *(_gib(forecast.memory.loading) for forecast in forecasts)]
     )
