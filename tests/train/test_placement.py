@@ -277,7 +277,7 @@ def test_an_initial_lora_is_checked_before_weights_are_fetched(
     tensors[name] = torch.zeros(tensors[name].shape[0], 7)
     with safe_open(first.lora, "pt") as file:
         save_file(tensors, tmp_path / "wrong.safetensors", metadata=file.metadata())
-    with pytest.raises(LoraError, match="at .*to_k its lora_A is"):
+    with pytest.raises(LoraError, match=r"at .*to_k its lora_A is"):
         stage.train(settings(model="someone/model", init_lora=tmp_path / "wrong.safetensors"))
     assert hub == ["configs"]
 
