@@ -30,10 +30,11 @@ from cogcache.geometry import Bucket, parse_bucket, parse_size
 from cogcache.location import Url
 from cogcache.models import Component, pick_device, resolve_model, torch_dtype
 from cogcache.precompute.buckets import Placing, choose_buckets
+from cogcache.precompute.choose_tiling import choose_tiling
 from cogcache.precompute.paths import ClipItem
 from cogcache.precompute.shapes import look_at
 from cogcache.precompute.text import choose_batch_size, choose_offload, text_fingerprint
-from cogcache.precompute.vae import choose_tiling, vae_fingerprint
+from cogcache.precompute.vae import vae_fingerprint
 from cogcache.progress import say
 from cogcache.variants import Variant, read_variant, weights_dtype
 
@@ -257,5 +258,4 @@ def _tiled(
     """A cache begun with one choice keeps it: what ``auto`` finds depends on the memory free today."""
     if config.tiling == "auto" and (shards / IDENTITY_FILE).is_file():
         return bool(read_identity(shards).series.get(LATENTS, {}).get("vae_tiling", "off") != "off")
-    largest = max((bucket.size for bucket in buckets), key=lambda size: size.height * size.width)
-    return choose_tiling(config.tiling, largest, dtype, device)
+    return choose_tiling(config.tiling, buckets, dtype, device)

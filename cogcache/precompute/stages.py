@@ -21,9 +21,9 @@ from cogcache.precompute.behind import Behind
 from cogcache.precompute.piece import Model, Piece, Raw, Tally
 from cogcache.progress import Progress
 
-__all__ = ["Piece", "Tally", "encode_pieces"]
+__all__ = ["RESULTS_WAITING", "Piece", "Tally", "encode_pieces"]
 
-_RESULTS, _WRITES = 3, 8
+RESULTS_WAITING, _WRITES = 3, 8
 """So much may wait: results, so that the device has always work, and its memory holds few inputs more than it works on;
 and writes, so that closing a shard holds nothing up.
 """
@@ -55,7 +55,7 @@ def encode_pieces(
         stack.callback(_give_back, claims)  # comes last, when nothing is written to them any more
         steps = stack.enter_context(closing(read_ahead(writer, series, by_key, workers, claims)))
         writes = stack.enter_context(Behind(_WRITES, "write"))
-        making = _Making(stack.enter_context(Behind(_RESULTS, "result")), writes, progress)
+        making = _Making(stack.enter_context(Behind(RESULTS_WAITING, "result")), writes, progress)
         for step in steps:
             if step.made is None:
                 making.finish(step.job)

@@ -20,28 +20,7 @@ from cogcache.precompute.fused import has_kernels
 from cogcache.precompute.lane import Lane, Running
 from cogcache.variants import read_config
 
-__all__ = ["FrozenVae", "choose_tiling", "to_pixels", "vae_fingerprint"]
-
-# Peak of untiled bf16 encoding at 480x720 whatever the frame count, since the encoder works through 8 frames at a
-# time: with our kernels and with diffusers' encoder. Measured on an H200 (benchmarks/records/2026-11-22-encoding.md).
-_BYTES_PER_PIXEL_UNTILED = {True: 6.4 * 2**30 / (480 * 720), False: 8.5 * 2**30 / (480 * 720)}
-
-
-def choose_tiling(wanted: str, size: Size, dtype: str, device: torch.device) -> bool:
-    """Decide ``--tiling``: ``auto`` tiles only where a whole picture would not fit the free GPU memory."""
-    if wanted != "auto":
-        return wanted == "on"
-    if device.type != "cuda":
-        return False
-    free, _ = torch.cuda.mem_get_info(device)
-    need = (
-        _BYTES_PER_PIXEL_UNTILED[has_kernels(device)]
-        * size.height
-        * size.width
-        * torch_dtype(dtype).itemsize
-        / 2
-    )
-    return need > free
+__all__ = ["FrozenVae", "to_pixels", "vae_fingerprint"]
 
 
 def vae_fingerprint(root: Path, dtype: str, *, tiled: bool) -> Fingerprint:

@@ -12,13 +12,16 @@ from diffusers import AutoencoderKLCogVideoX
 from cogcache.cache.format import LATENTS
 from cogcache.config import EncodeConfig
 from cogcache.errors import GeometryError, MismatchError
-from cogcache.geometry import Size
+from cogcache.geometry import Bucket, Size
+from cogcache.precompute import choose_tiling as choosing
 from cogcache.precompute import encode_all
+from cogcache.precompute.choose_tiling import choose_tiling, untiled_bytes
 from cogcache.precompute.settings import decide
 from cogcache.precompute.vae import FrozenVae, _tiles_add_up, to_pixels, vae_fingerprint
 from cogcache.tiny import Family
 
 CPU = torch.device("cpu")
+HD, LONG = Bucket(49, 480, 720), Bucket(161, 480, 720)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +121,36 @@ def test_auto_keeps_what_the_cache_has(settings: Callable[..., EncodeConfig]) ->
     with pytest.raises(MismatchError, match="vae_tiling"):
         encode_all(config.model_copy(update={"tiling": "off"}))
     assert not decide(settings(shards=config.shards.with_name("new"))).tiled
+
+
+def test_what_untiled_encoding_takes_is_near_what_was_measured() -> None:
+    """Peaks on one H200, of benchmarks/records/2026-11-22-encoding.md: never above what is counted with."""
+    for kernels, bucket, gib in (
+        (True, HD, 6.38),
+        (False, HD, 8.48),
+        (True, Bucket(17, 768, 1360), 17.6),
+        (False, Bucket(17, 768, 1360), 24.1),
+    ):
+        assert 1 <= untiled_bytes(bucket, "bfloat16", kernels=kernels) / 2**30 / gib < 1.15
+    assert untiled_bytes(HD, "float32", kernels=True) > 1.9 * untiled_bytes(HD, "bfloat16", kernels=True)
+
+
+def test_pixels_that_wait_are_counted() -> None:
+    """Frames beyond those the encoder works on: one clip in bfloat16 and four in bytes."""
+    more = untiled_bytes(LONG, "bfloat16", kernels=True) - untiled_bytes(HD, "bfloat16", kernels=True)
+    assert more == 3 * (161 - 49) * 480 * 720 * (2 + 4)
+
+
+def test_auto_tiles_where_some_bucket_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    free = (untiled_bytes(HD, "bfloat16", kernels=True) + untiled_bytes(LONG, "bfloat16", kernels=True)) / 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free), 0))
+    monkeypatch.setattr(choosing, "has_kernels", lambda _: True)
+    assert [choose_tiling(wanted, [LONG], "bfloat16", gpu) for wanted in ("auto", "on", "off")] == [
+        True,
+        True,
+        False,
+    ]
+    assert not choose_tiling("auto", [HD], "bfloat16", gpu)
+    assert choose_tiling("auto", [Bucket(9, 480, 720), LONG, HD], "bfloat16", gpu)
+    assert not choose_tiling("auto", [LONG], "bfloat16", CPU)
