@@ -47,9 +47,10 @@ def choose_scenes(count: int, held_out: int, seed: int = 0) -> tuple[list[Scene]
     ]
 
 
-def read_clips(root: Path, workers: int) -> np.ndarray:
-    """All clips of a folder, uint8 [N, F, H, W, 3]."""
-    paths = sorted((root / "videos").glob("*.mp4"))
+def read_clips(paths: Sequence[Path], workers: int) -> np.ndarray:
+    """Clips of one size, uint8 [N, F, H, W, 3]."""
+    if not paths:
+        return np.empty((0, FRAMES, HEIGHT, WIDTH, 3), np.uint8)
     with ProcessPoolExecutor(workers) as pool:
         return np.stack(list(pool.map(_read, paths, chunksize=32)))
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ import torch
 from clips import choose_scenes, read_clips, write_clips
 from networks import calibrate, psnr, train_text, train_vae
 
+from cogcache.demo.run import CLIPS
 from cogcache.quiet import quiet_libraries
 from cogcache.small.architecture import FRAMES, HEIGHT, KINDS, WIDTH, Kind, small_facts
 from cogcache.tiny.tokenizer import write_tokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ENCODERS = 4 if torch.cuda.is_available() else 1
 FULL = {
     "clips": 6000, "held_out": 40, "vae": 6000, "vae_batch": 16, "text": 2000,
     "t2v": 12000, "i2v": 6000, "t2v-1.5": 10000, "batch": 64,
@@ -45,12 +48,13 @@ def main() -> None:
     )
     parser.add_argument("work", type=Path)
     parser.add_argument("--footage", type=Path, action="append", default=[])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all, one after the other")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     plan, work = QUICK if given.quick else FULL, given.work
     part(work / "clips", lambda out: make_clips(out, plan, given.footage))
     part(work / "shared", lambda out: make_shared(out, work / "clips", plan))
-    for kind in KINDS:
+    for kind in given.kinds:
         part(work / "start" / kind, lambda out, kind=kind: make_start(out, work, kind))
         make_shards(work, kind)
         train(work, kind, plan)
@@ -70,10 +74,20 @@ def part(out: Path, make: Callable[[Path], None]) -> None:
 
 
 def make_clips(out: Path, plan: dict[str, int], footage: list[Path]) -> None:
+    """What is learnt from, and two kinds that are not: scenes of the made-up world, and the demo's cuts."""
     workers = os.cpu_count() or 1
     scenes, held_out = choose_scenes(plan["clips"], plan["held_out"])
     write_clips(out / "train", scenes, footage, workers)
     write_clips(out / "held_out", held_out, [], workers)
+    cuts = out / "cuts.jsonl"
+    names, captions = ((CLIPS / name).read_text("utf-8").splitlines() for name in ("videos.txt", "prompts.txt"))
+    cuts.write_text(
+        "".join(
+            json.dumps({"file": str(CLIPS / name), "start": 0.0, "end": 3.4, "caption": caption}) + "\n"
+            for name, caption in zip(names, captions, strict=True)
+        )
+    )
+    write_clips(out / "held_out_film", [], [cuts], workers)
 
 
 def make_shared(out: Path, clips: Path, plan: dict[str, int]) -> None:
@@ -82,13 +96,14 @@ def make_shared(out: Path, clips: Path, plan: dict[str, int]) -> None:
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
     torch.manual_seed(0)
-    facts, workers = small_facts("t2v"), os.cpu_count() or 1
-    seen, unseen = (torch.from_numpy(read_clips(clips / name, workers)) for name in ("train", "held_out"))
+    facts = small_facts("t2v")
+    scenes, film = (read(clips / "train", pattern) for pattern in ("[0-9]*.mp4", "footage-*.mp4"))
     vae = AutoencoderKLCogVideoX(**facts.vae())
-    train_vae(vae, seen, DEVICE, steps=plan["vae"], batch=plan["vae_batch"], crop=(64, 96))
-    reached: dict[str, Any] = {"psnr_before_scaling": mean(psnr(vae, unseen, DEVICE))}
-    reached["spread"] = calibrate(vae, seen[:: max(1, len(seen) // 64)], DEVICE, facts.scaling_factor)
-    reached["psnr"] = mean(psnr(vae, unseen, DEVICE))
+    train_vae(vae, [scenes, film], DEVICE, steps=plan["vae"], batch=plan["vae_batch"], crop=(64, 96))
+    some = torch.cat([kind[:: max(1, len(kind) // 32)] for kind in (scenes, film) if len(kind)])
+    reached: dict[str, Any] = {"spread_of_latents": calibrate(vae, some, DEVICE, facts.scaling_factor)}
+    for name in ("held_out", "held_out_film"):
+        reached[f"psnr_db_{name}"] = mean(psnr(vae, read(clips / name, "*.mp4"), DEVICE))
     captions = [
         json.loads(line)["text"] for line in (clips / "train" / "metadata.jsonl").read_text().splitlines()
     ]
@@ -100,6 +115,10 @@ def make_shared(out: Path, clips: Path, plan: dict[str, int]) -> None:
     encoder.save_pretrained(out / "text_encoder")
     (out / "reached.json").write_text(json.dumps(reached, indent=2) + "\n")
     print(reached, flush=True)
+
+
+def read(folder: Path, pattern: str) -> torch.Tensor:
+    return torch.from_numpy(read_clips(sorted((folder / "videos").glob(pattern)), os.cpu_count() or 1))
 
 
 def mean(values: list[float]) -> float:
@@ -148,10 +167,13 @@ def begin_from(transformer: Any, folder: Path) -> None:
 
 
 def make_shards(work: Path, kind: Kind) -> None:
-    size = ["--frames", str(FRAMES), "--size", f"{HEIGHT}x{WIDTH}", "--fps", "8"]
-    draws = ["--image-draws", "4"] if small_facts(kind).image_to_video else []
-    command("encode", "--data-root", work / "clips" / "train", "--model", work / "start" / kind, *size, *draws,
-            "--shards", work / "shards" / kind, "--vae-dtype", "float32", "--text-dtype", "float32")  # fmt: skip
+    """Encode in several processes: such small clips leave a GPU waiting for one."""
+    size = ["--frames", FRAMES, "--size", f"{HEIGHT}x{WIDTH}", "--fps", 8]
+    draws = ["--image-draws", 4] if small_facts(kind).image_to_video else []
+    words = ["encode", "--data-root", work / "clips" / "train", "--model", work / "start" / kind, *size, *draws,
+             "--shards", work / "shards" / kind, "--vae-dtype", "float32", "--text-dtype", "float32"]  # fmt: skip
+    with ThreadPoolExecutor(ENCODERS) as pool:
+        list(pool.map(lambda _: command(*words), range(ENCODERS)))
 
 
 def train(work: Path, kind: Kind, plan: dict[str, int]) -> None:

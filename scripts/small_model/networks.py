@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,40 +32,43 @@ def to_pixels(clips_bfhwc: Tensor) -> Tensor:
 
 
 def train_vae(
-    vae: Any, clips_bfhwc: Tensor, device: torch.device, *, steps: int, batch: int, crop: tuple[int, int]
+    vae: Any, kinds: Sequence[Tensor], device: torch.device, *, steps: int, batch: int, crop: tuple[int, int]
 ) -> None:
     """Reconstruction (L1, and L1 of neighbours' differences, which keeps edges sharp) and a small KL term.
 
     Args:
-        clips_bfhwc: uint8, all training clips.
+        kinds: uint8 [N, F, H, W, 3], all training clips, by kind: each kind is drawn from equally often.
         crop: Height and width of the random crops that are trained on.
     """
     vae.requires_grad_(True).train().to(device)
+    kinds = [clips.to(device) for clips in kinds if len(clips)]
 
-    def loss() -> Tensor:
-        pixels = to_pixels(_crops(clips_bfhwc, batch, crop).to(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    def draw() -> Tensor:
+        return _crops(kinds, batch, crop)
+
+    def loss(clips_bfhwc: Tensor) -> Tensor:
+        pixels = to_pixels(clips_bfhwc)
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
+        ):
             posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         away = decoded.float() - pixels
         edges = away.diff(dim=-1).abs().mean() + away.diff(dim=-2).abs().mean()
         return away.abs().mean() + 0.5 * edges + KL_WEIGHT * posterior.kl().mean()
 
-    _optimise("vae", vae.parameters(), loss, steps, lr=1e-3)
+    _optimise("vae", vae.parameters(), draw, loss, steps, lr=1e-3, record=device.type == "cuda")
     vae.requires_grad_(False).eval()
 
 
-def _crops(clips_bfhwc: Tensor, batch: int, crop: tuple[int, int]) -> Tensor:
-    (height, width), (most_down, most_right) = (
-        crop,
-        (clips_bfhwc.shape[2] - crop[0], clips_bfhwc.shape[3] - crop[1]),
-    )
+def _crops(kinds: Sequence[Tensor], batch: int, crop: tuple[int, int]) -> Tensor:
+    height, width = crop
     rows = []
-    for _ in range(batch):
-        number, down, right = (
-            int(torch.randint(most + 1, ())) for most in (len(clips_bfhwc) - 1, most_down, most_right)
-        )
-        piece = clips_bfhwc[number, :, down : down + height, right : right + width]
+    for number in range(batch):
+        clips = kinds[number % len(kinds)]
+        most = (len(clips) - 1, clips.shape[2] - height, clips.shape[3] - width)
+        chosen, down, right = (int(torch.randint(limit + 1, ())) for limit in most)
+        piece = clips[chosen, :, down : down + height, right : right + width]
         rows.append(piece.flip(2) if torch.rand(()) < 0.5 else piece)
     return torch.stack(rows)
 
@@ -100,35 +103,82 @@ def train_text(
     mask_id = tokenizer.convert_tokens_to_ids("<extra_id_0>")
     head = nn.Linear(encoder.config.d_model, len(tokenizer)).to(device)
 
-    def loss() -> Tensor:
-        rows = ids[torch.randint(len(ids), (batch,), device=device)]
+    def draw() -> Tensor:
+        return ids[torch.randint(len(ids), (batch,), device=device)]
+
+    def loss(rows: Tensor) -> Tensor:
         hidden = (torch.rand(rows.shape, device=device) < MASKED) & (rows != tokenizer.pad_token_id)
         seen = torch.where(hidden, mask_id, rows)
         logits = head(encoder(seen)[0])
         return functional.cross_entropy(logits[hidden], rows[hidden])
 
-    _optimise("text", [*encoder.parameters(), *head.parameters()], loss, steps, lr=1e-3)
+    _optimise("text", [*encoder.parameters(), *head.parameters()], draw, loss, steps, lr=1e-3)
     encoder.requires_grad_(False).eval()
 
 
-def _optimise(name: str, parameters: Any, loss: Callable[[], Tensor], steps: int, lr: float) -> None:
-    """AdamW with a warm-up and a cosine to zero; tells how it goes twenty times."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+def _optimise(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    draw: Callable[[], Tensor],
+    loss: Callable[[Tensor], Tensor],
+    steps: int,
+    lr: float,
+    *,
+    record: bool = False,
+) -> None:
+    """AdamW with a warm-up and a cosine to zero; tells how it goes twenty times.
+
+    Args:
+        record: Replay the step as a CUDA graph: small layers take the processor longer to launch than the GPU to run.
+    """
+    weights = list(parameters)
+    rate = torch.tensor(lr, device=weights[0].device) if record else lr
+    optimizer = torch.optim.AdamW(
+        weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, capturable=record
+    )
     warm_up = min(100, steps // 10 + 1)
     shape = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))),
     )
+
+    def update(drawn: Tensor) -> Tensor:
+        value = loss(drawn)
+        value.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        return value.detach()
+
+    work = _recorded(update, draw(), optimizer) if record else update
     started = time.perf_counter()
     for step in range(1, steps + 1):
-        value = loss()
-        value.backward()
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        value = work(draw())
+        if not record:
+            optimizer.zero_grad(set_to_none=True)
         shape.step()
         if step % max(1, steps // 20) == 0:
             spent = time.perf_counter() - started
-            print(
-                f"{name}: step {step} of {steps}, loss {float(value.detach()):.4f}, {spent:.0f} s", flush=True
-            )
+            print(f"{name}: step {step} of {steps}, loss {float(value):.4f}, {spent:.0f} s", flush=True)
+
+
+def _recorded(
+    update: Callable[[Tensor], Tensor], drawn: Tensor, optimizer: torch.optim.Optimizer
+) -> Callable[[Tensor], Tensor]:
+    """``update`` as a CUDA graph, after the few plain ones that have it allocate its state."""
+    place, aside = drawn.clone(), torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            update(place)
+            optimizer.zero_grad(set_to_none=True)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = update(place)
+
+    def replay(drawn: Tensor) -> Tensor:
+        place.copy_(drawn)
+        graph.replay()
+        return value
+
+    return replay
