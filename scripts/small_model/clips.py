@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from windows import FPS, windows
 
 from cogcache.mp4 import read_mp4, write_mp4
 from cogcache.small import Scene, all_scenes, render
 from cogcache.small.architecture import FRAMES, HEIGHT, WIDTH
-
-FPS = 8.0
 
 
 def write_clips(root: Path, scenes: Sequence[Scene], footage: Sequence[Path], workers: int) -> None:
     """Clips with ``metadata.jsonl``, as ``cogcache encode`` takes them.
 
     Args:
-        footage: JSON lines files, each line ``{"file", "start", "end", "caption"}`` with seconds; files relative to it.
+        footage: JSON lines files as :func:`windows.windows` reads them, or folders that this function wrote, whose
+            clips are taken as they are.
     """
     (root / "videos").mkdir(parents=True, exist_ok=True)
     rows = [
@@ -30,9 +31,12 @@ def write_clips(root: Path, scenes: Sequence[Scene], footage: Sequence[Path], wo
     ]
     with ProcessPoolExecutor(workers) as pool:
         list(pool.map(_write, [root / row["file_name"] for row in rows], scenes, chunksize=64))
-    for number, (frames, caption) in enumerate(pair for file in footage for pair in _windows(file)):
-        name = f"videos/footage-{number:04}.mp4"
-        write_mp4(root / name, frames, FPS)
+    for clip, caption in (pair for source in footage for pair in _footage(source)):
+        name = f"videos/footage-{len(rows) - len(scenes):04}.mp4"
+        if isinstance(clip, Path):
+            shutil.copyfile(clip, root / name)
+        else:
+            write_mp4(root / name, clip, FPS)
         rows.append({"file_name": name, "text": caption})
     (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
@@ -63,29 +67,9 @@ def _read(path: Path) -> np.ndarray:
     return read_mp4(path)[0]
 
 
-def _windows(file: Path) -> Iterator[tuple[np.ndarray, str]]:
-    """Overlapping windows of each shot, half a window apart."""
-    for line in file.read_text("utf-8").splitlines():
-        shot = json.loads(line)
-        yield from _shot(file.parent / shot["file"], shot["start"], shot["end"], shot["caption"])
-
-
-def _shot(path: Path, start: float, end: float, caption: str) -> Iterator[tuple[np.ndarray, str]]:
-    import av
-
-    wanted = np.arange(start, end, 1 / FPS)
-    frames: list[np.ndarray] = []
-    with av.open(str(path)) as container:
-        for frame in container.decode(video=0):
-            if (
-                len(frames) < len(wanted)
-                and frame.time is not None
-                and frame.time >= wanted[len(frames)] - 1e-3
-            ):
-                height = HEIGHT
-                width = max(WIDTH, round(frame.width * HEIGHT / frame.height / 2) * 2)
-                picture = frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray()
-                left = (width - WIDTH) // 2
-                frames.append(picture[:, left : left + WIDTH])
-    for first in range(0, len(frames) - FRAMES + 1, FRAMES // 2):
-        yield np.stack(frames[first : first + FRAMES]), caption
+def _footage(source: Path) -> Iterator[tuple[np.ndarray | Path, str]]:
+    if source.is_dir():
+        for row in map(json.loads, (source / "metadata.jsonl").read_text("utf-8").splitlines()):
+            yield source / row["file_name"], row["text"]
+    else:
+        yield from windows(source)

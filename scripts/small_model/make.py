@@ -1,7 +1,8 @@
 """Make the small CogVideoX from nothing: clips, VAE, text encoder, then three transformers on an encoded cache.
 
-    python scripts/small_model/make.py WORK [--footage FILE.jsonl] [--quick]
+    python scripts/small_model/make.py WORK [--footage CLIPS] [--quick]
 
+CLIPS is what ``footage.py`` makes, or a list of shots (``windows.py``).
 Everything it makes stays in WORK; a part that is there is not made again. The transformers are trained by ``cogcache
 encode`` and ``cogcache train --training-type full``, as any other model would be. ``--quick`` does some steps of
 each, to see that all of it runs.
