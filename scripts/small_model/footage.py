@@ -22,11 +22,11 @@ from typing import Any
 from clips import write_clips
 from packages import extract, fetch
 
+from cogcache.demo.run import CLIPS
 from cogcache.errors import CogcacheError
 from cogcache.small.architecture import FRAMES, HEIGHT, WIDTH
 
 LIST = Path(__file__).with_name("footage.json")
-DEMO = Path(__file__).parents[2] / "cogcache" / "demo" / "bunny"
 ASPECT = WIDTH / HEIGHT
 SPEEDS = {8: "", 16: ", in slow motion"}
 """Pictures taken a second, and what the caption says of it: all clips show 8 a second."""
@@ -110,10 +110,10 @@ def crop(middle: Pair, extent: Pair, direction: Pair, by: float) -> tuple[float,
 def demo_clips() -> Iterator[Line]:
     """The demo's clips, whole, which no shot that is learned from may show."""
     names, captions = (
-        (DEMO / name).read_text("utf-8").splitlines() for name in ("videos.txt", "prompts.txt")
+        (CLIPS / name).read_text("utf-8").splitlines() for name in ("videos.txt", "prompts.txt")
     )
     for name, caption in zip(names, captions, strict=True):
-        yield {"file": str((DEMO / name).resolve()), "start": 0.0, "end": 60.0, "caption": caption}
+        yield {"file": str((CLIPS / name).resolve()), "start": 0.0, "end": 60.0, "caption": caption}
 
 
 def licences(sources: Line) -> str:

@@ -49,7 +49,9 @@ def main() -> None:
     )
     parser.add_argument("work", type=Path)
     parser.add_argument("--footage", type=Path, action="append", default=[])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all, one after the other")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all, one after the other"
+    )
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     plan, work = QUICK if given.quick else FULL, given.work
@@ -81,7 +83,9 @@ def make_clips(out: Path, plan: dict[str, int], footage: list[Path]) -> None:
     write_clips(out / "train", scenes, footage, workers)
     write_clips(out / "held_out", held_out, [], workers)
     cuts = out / "cuts.jsonl"
-    names, captions = ((CLIPS / name).read_text("utf-8").splitlines() for name in ("videos.txt", "prompts.txt"))
+    names, captions = (
+        (CLIPS / name).read_text("utf-8").splitlines() for name in ("videos.txt", "prompts.txt")
+    )
     cuts.write_text(
         "".join(
             json.dumps({"file": str(CLIPS / name), "start": 0.0, "end": 3.4, "caption": caption}) + "\n"

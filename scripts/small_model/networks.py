@@ -48,9 +48,7 @@ def train_vae(
 
     def loss(clips_bfhwc: Tensor) -> Tensor:
         pixels = to_pixels(clips_bfhwc)
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
-        ):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         away = decoded.float() - pixels
@@ -133,9 +131,7 @@ def _optimise(
     """
     weights = list(parameters)
     rate = torch.tensor(lr, device=weights[0].device) if record else lr
-    optimizer = torch.optim.AdamW(
-        weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, capturable=record
-    )
+    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, capturable=record)
     warm_up = min(100, steps // 10 + 1)
     shape = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
