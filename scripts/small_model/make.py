@@ -32,10 +32,10 @@ from cogcache.small.architecture import FRAMES, HEIGHT, KINDS, WIDTH, Kind, smal
 from cogcache.tiny.tokenizer import write_tokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ENCODERS = 4 if torch.cuda.is_available() else 1
+ENCODERS = min(8, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 1
 FULL = {
-    "clips": 6000, "held_out": 40, "vae": 6000, "vae_batch": 16, "text": 2000,
-    "t2v": 12000, "i2v": 6000, "t2v-1.5": 10000, "batch": 64,
+    "clips": 2600, "held_out": 40, "vae": 4000, "vae_batch": 8, "text": 1000,
+    "t2v": 6000, "i2v": 3500, "t2v-1.5": 6000, "batch": 64,
 }  # fmt: skip
 QUICK = {
     "clips": 24, "held_out": 4, "vae": 3, "vae_batch": 2, "text": 3,
@@ -176,7 +176,7 @@ def make_shards(work: Path, kind: Kind) -> None:
     size = ["--frames", FRAMES, "--size", f"{HEIGHT}x{WIDTH}", "--fps", 8]
     draws = ["--image-draws", 4] if small_facts(kind).image_to_video else []
     words = ["encode", "--data-root", work / "clips" / "train", "--model", work / "start" / kind, *size, *draws,
-             "--shards", work / "shards" / kind, "--vae-dtype", "float32", "--text-dtype", "float32"]  # fmt: skip
+             "--shards", work / "shards" / kind, "--vae-dtype", "float32", "--text-dtype", "float32", "--shard-size", 8]  # fmt: skip
     with ThreadPoolExecutor(ENCODERS) as pool:
         list(pool.map(lambda _: command(*words), range(ENCODERS)))
 
@@ -188,7 +188,7 @@ def train(work: Path, kind: Kind, plan: dict[str, int]) -> None:
     command("train", "--training-type", "full", "--shards", work / "shards" / kind, "--model", work / "start" / kind,
             "--output", out, "--resume", "latest", "--steps", plan[kind], "--batch-size", plan["batch"],
             "--lr", "1e-3" if kind != "i2v" else "5e-4", "--lr-scheduler", "cosine",
-            "--warmup-steps", max(1, plan[kind] // 50), "--caption-dropout", "0.1", "--checkpoint-every", "2000",
+            "--warmup-steps", max(1, plan[kind] // 50), "--caption-dropout", "0.1", "--checkpoint-every", "1000",
             "--keep-checkpoints", "1", "--log-every", max(1, plan[kind] // 100),
             "--no-gradient-checkpointing", "--workers", min(8, os.cpu_count() or 1),
             "--dtype", "bfloat16" if DEVICE.type == "cuda" else "float32")  # fmt: skip
