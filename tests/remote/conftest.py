@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
+from hub import WRITER
+from huggingface_hub import constants
 from making_caches import SMALL, write_cache
-from servers import KEY, SECRET, Bucket, Place, Server, gs_server, http_server, post, program, s3_server
+from servers import (
+    KEY,
+    SECRET,
+    Bucket,
+    Place,
+    Server,
+    gs_server,
+    hf_server,
+    http_server,
+    post,
+    program,
+    s3_server,
+)
 
 from cogcache.cli import run
 from cogcache.tiny import Family
@@ -81,6 +98,33 @@ def google(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     monkeypatch.setenv("CLOUDSDK_CONFIG", "/nonexistent")
     monkeypatch.setenv("NO_GCE_CHECK", "true")
+
+
+@pytest.fixture
+def hf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """A data set on a hub of its own, and a token to write to it."""
+    folder = tmp_path / "hub" / "datasets" / "user" / "repo" / "main"
+    folder.mkdir(parents=True)
+    server = hf_server(tmp_path / "hub", tmp_path / "hub.log")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    hugging_face(monkeypatch, f"http://127.0.0.1:{server.port}")
+    yield Place(server, folder, "hf://datasets/user/repo")
+    huggingface_hub.close_session()
+    server.kill()
+
+
+def hugging_face(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """As ``HF_ENDPOINT`` and ``HF_HUB_DISABLE_XET`` do, which the library reads when it is imported."""
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    pauses = SimpleNamespace(
+        sleep=lambda seconds: time.sleep(seconds / 50)
+    )  # it repeats some requests by itself
+    monkeypatch.setattr("huggingface_hub.utils._http.time", pauses)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    values = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True}
+    for name, value in {**values, "HF_HUB_OFFLINE": False}.items():
+        monkeypatch.setattr(constants, name, value)
 
 
 @pytest.fixture

@@ -125,6 +125,12 @@ def gs_server(root: Path, log: Path) -> Server:
     return Server(command, port, log)
 
 
+def hf_server(root: Path, log: Path) -> Server:
+    """The hub of ``hub.py``, over the repositories in ``root``."""
+    port = free_port()
+    return Server([sys.executable, str(Path(__file__).with_name("hub.py")), str(port), str(root)], port, log)
+
+
 @contextmanager
 def refusing(status: int, body: str) -> Iterator[tuple[str, list[str]]]:
     """A server with one answer to everything: its address, and the paths it was asked for."""

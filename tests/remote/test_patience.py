@@ -76,6 +76,25 @@ def test_a_server_that_has_never_answered_is_rather_a_wrong_address(clock: Clock
     assert given_up(Patience(URL, 5)).message.startswith("s3://bucket/clips has not answered for 5 s: ")
 
 
+def test_a_call_that_takes_long_to_fail_is_told_at_once(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub repeats some requests for half a minute by itself."""
+    said: list[str] = []
+    monkeypatch.setattr(patience, "say", said.append)
+    results = iter([refuse, lambda: None])
+
+    def slow() -> None:
+        clock.now += 23
+        next(results)()
+
+    Patience(URL, 20, known=True).call(slow)
+    assert [text.partition(" (")[0] for text in said] == [
+        "s3://bucket/clips does not answer",
+        "s3://bucket/clips answers again after 23 s; going on.",
+    ]
+
+
 def test_one_that_has_answered_gets_all_of_the_patience(clock: Clock) -> None:
     asked = Patience(URL, 600)
     assert asked.call(lambda: 7) == 7

@@ -23,6 +23,9 @@ THIS_RUN = ("encode.config.yaml", "journal.jsonl", ".lock")
 """Files that name places and times."""
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
+
+
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips of 9 frames with captions. Read only."""
@@ -64,7 +67,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize(("server", "kind"), [*(("s3", kind) for kind in BACKENDS), ("gs", "webdataset")])
+@pytest.mark.parametrize(
+    ("server", "kind"), [*(("s3", kind) for kind in BACKENDS), ("gs", "webdataset"), ("hf", "webdataset")]
+)
 def test_encoding_to_a_url_equals_encoding_to_a_folder(
     server: str,
     kind: str,

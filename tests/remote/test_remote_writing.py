@@ -38,6 +38,8 @@ from cogcache.cache.writer import CacheWriter
 from cogcache.errors import CacheError, ConfigError, MismatchError
 from cogcache.location import Url
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
+
 OPTIONS = RemoteOptions(limit=0, patience=5)
 
 
@@ -87,7 +89,7 @@ class Steps:
         return counted
 
 
-@pytest.fixture(params=["s3", "gs"])
+@pytest.fixture(params=["s3", "gs", "hf"])
 def place(request: pytest.FixtureRequest) -> Place:
     """Each of the servers that can be written to."""
     found: Place = request.getfixturevalue(request.param)

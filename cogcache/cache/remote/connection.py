@@ -6,13 +6,14 @@ import importlib
 import os
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cogcache.cache.regular import LARGEST_FILE
+from cogcache.cache.remote import http, hub
 from cogcache.cache.remote.google import open_google
-from cogcache.cache.remote.http import fetch_part, fetch_whole
 from cogcache.cache.remote.patience import Patience
 from cogcache.errors import CacheError
 from cogcache.location import Url
@@ -71,7 +72,9 @@ class Connection:
     def read(self, name: str) -> bytes:
         """A whole file of at most :data:`~cogcache.cache.regular.LARGEST_FILE` bytes."""
         if self._url.protocol in _HTTP:
-            return self._call(fetch_whole, self._fs, self._url / name, LARGEST_FILE)
+            return self._call(http.fetch_whole, self._fs, self._url / name, LARGEST_FILE)
+        if self._url.protocol == "hf":
+            return self._call(hub.fetch_whole, self._fs, self._path(name))
         return bytes(self._call(self._fs.cat_file, self._path(name)))
 
     def size(self, name: str) -> int | None:
@@ -87,7 +90,9 @@ class Connection:
         if size == 0:
             return b""
         if self._url.protocol in _HTTP:  # cat_file() would take whatever comes, however much it is
-            return self._call(fetch_part, self._fs, self._url / name, start, size)
+            return self._call(http.fetch_part, self._fs, self._url / name, start, size)
+        if self._url.protocol == "hf":
+            return self._call(hub.fetch_part, self._fs, self._path(name), start, size)
         return bytes(self._call(self._fs.cat_file, self._path(name), start=start, end=start + size))[:size]
 
     def upload(self, source: Path | bytes, name: str) -> None:
@@ -98,10 +103,11 @@ class Connection:
             FileNotFoundError: if ``source`` is not there.
         """
         try:
-            if isinstance(source, bytes):
-                self._call(self._fs.pipe_file, self._path(name), source)
-            else:
-                self._call(self._fs.put_file, str(source), self._path(name))
+            with hub.quiet_uploads() if self._url.protocol == "hf" else nullcontext():
+                if isinstance(source, bytes):
+                    self._call(self._fs.pipe_file, self._path(name), source)
+                else:
+                    self._call(self._fs.put_file, str(source), self._path(name))
         except FileNotFoundError as error:
             if isinstance(source, Path) and not source.exists():
                 raise
@@ -116,7 +122,8 @@ class Connection:
     def remove(self, name: str) -> None:
         """Remove a file, where it is there."""
         if self.size(name) is not None:
-            self._call(self._fs.rm_file, self._path(name))
+            with suppress(FileNotFoundError):  # removed, but the answer was lost, and it was asked again
+                self._call(self._fs.rm_file, self._path(name))
 
     def names(self, folder: str) -> dict[str, int]:
         """Names and sizes of the files right in ``folder`` (``""`` for all of it); none where it is not there."""

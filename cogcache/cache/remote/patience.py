@@ -74,11 +74,12 @@ class Patience:
             CacheError: if it refuses, or has not answered for too long.
         """
         for wait in _waits():
+            began = time.monotonic()
             try:
                 result = function()
             except Exception as error:
                 self._check(error)
-                time.sleep(self._count(error, wait))
+                time.sleep(self._count(error, wait, time.monotonic() - began))
             else:
                 self._answered()
                 return result
@@ -105,8 +106,8 @@ class Patience:
     def _refusal(self, what: str, error: Exception, hint: str) -> CacheError:
         return CacheError(f"{what} {self._url}: {_reason(error)}.", hint)
 
-    def _count(self, error: Exception, wait: float) -> float:
-        """How long to sleep now, in seconds."""
+    def _count(self, error: Exception, wait: float, took: float) -> float:
+        """How long to sleep now, in seconds, after a call that failed and ``took`` so many."""
         now = time.monotonic()
         with self._lock:
             if self._since is None:
@@ -115,7 +116,7 @@ class Patience:
             limit = self._seconds if self.known else min(self._seconds, _STRANGER_S)
             if waited >= limit:
                 raise self._silence(waited, error) from error
-            if waited + wait >= _QUIET_S and not self._told:
+            if took + waited + wait >= _QUIET_S and not self._told:
                 self._told = True
                 say(f"{self._url} does not answer ({_reason(error)}). Waiting for it, up to {limit:.0f} s.")
             return min(wait, limit - waited)
