@@ -109,7 +109,7 @@ def test_nobody_there_and_offline(hf: Place, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(CacheError, match=r"has not answered for \d s: .*HF_ENDPOINT"):
         CacheReader(f"{hf.url}/clips", BRIEF)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CacheError, match="no use of .*offline mode is enabled"):
+    with pytest.raises(CacheError, match=r"no use of .*offline mode is enabled"):
         CacheReader(f"{hf.url}/clips", BRIEF)
 
 

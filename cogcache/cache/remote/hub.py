@@ -72,10 +72,5 @@ def _address(fs: Any, path: str) -> str:
     where = fs.resolve_path(path)
     if not hasattr(where, "repo_id"):  # a bucket, which has no revisions
         return str(fs.url(path))
-    return hf_hub_url(
-        where.repo_id,
-        where.path_in_repo,
-        repo_type=where.repo_type,
-        revision=where.revision,
-        endpoint=fs.endpoint,
-    )
+    kind = {"repo_type": where.repo_type, "revision": where.revision, "endpoint": fs.endpoint}
+    return str(hf_hub_url(where.repo_id, where.path_in_repo, **kind))
