@@ -1,59 +1,63 @@
-"""Draws one picture of a demo: input frames, generated frames and the loss curve."""
+"""One picture of a demo: real frames, reconstructions, what base and LoRA generate, and the loss curve."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["DemoPicture", "draw_demo"]
+from cogcache.demo.show import Clip, Show
+
+__all__ = ["draw_demo", "draw_losses"]
 
 _PAPER, _INK, _FAINT, _LINE, _RAW = "#faf8f4", "#26231f", "#8c857b", "#b3441e", "#e5c4b4"
 _MARGIN, _GAP, _THUMB_WIDTH = 48, 12, 232
-_PLOT_HEIGHT = 260
+_COLUMNS, _PLOT_HEIGHT, _TALLEST = 5, 260, 6000
+_WIDTH = 2 * _MARGIN + _COLUMNS * _THUMB_WIDTH + (_COLUMNS - 1) * _GAP
 
 
-@dataclass(frozen=True)
-class DemoPicture:
-    """What to show. Frames are uint8 ``[F, H, W, 3]``; ``losses`` are (step, loss)."""
-
-    family: str
-    prompt: str
-    source: NDArray[np.uint8]
-    generated: NDArray[np.uint8]
-    losses: Sequence[tuple[int, float]]
-
-
-def draw_demo(content: DemoPicture, path: Path) -> None:
+def draw_demo(content: Show, path: Path) -> None:
     """Draw ``content`` and save it as a PNG."""
-    columns = max(len(content.source), len(content.generated))
-    width = 2 * _MARGIN + columns * _THUMB_WIDTH + (columns - 1) * _GAP
-    sheet = Image.new("RGB", (width, 1400), _PAPER)
-    pen = _Pen(sheet)
-    pen.text(f"cogcache demo, tiny {content.family} model", 30, _INK, gap=10)
-    for line in textwrap.wrap(f"“{content.prompt}”", width // 9):
-        pen.text(line, 17, _FAINT, gap=4)
-    pen.down(20)
-    pen.text("Input: frames of the clip this caption belongs to", 19, _INK, gap=8)
-    pen.frames(content.source)
-    pen.text("Generated with the trained LoRA by the stock pipeline", 19, _INK, gap=4)
-    pen.text("This model's weights are random, so what it generates is noise.", 16, _LINE, gap=8)
-    pen.frames(content.generated)
+    pen = _Pen(_WIDTH)
+    pen.text(content.title, 30, _INK, gap=10)
+    pen.paragraph(content.remark, 17, _LINE)
+    for clip in content.clips:
+        _draw_clip(pen, clip)
     pen.text("Training loss (per step, and its running mean)", 19, _INK, gap=8)
-    pen.plot(content.losses, width - 2 * _MARGIN)
-    sheet.crop((0, 0, width, pen.y + _MARGIN)).save(path)
+    pen.plot(content.losses, _WIDTH - 2 * _MARGIN)
+    pen.done().save(path)
+
+
+def draw_losses(losses: Sequence[tuple[int, float]], width: int) -> Image.Image:
+    """The loss curve alone."""
+    pen = _Pen(width)
+    pen.plot(losses, width - 2 * _MARGIN)
+    return pen.done()
+
+
+def _draw_clip(pen: _Pen, clip: Clip) -> None:
+    pen.down(16)
+    pen.paragraph(f"“{clip.caption}”", 17, _FAINT)
+    pen.row("Real: frames of the clip this caption belongs to", clip.real)
+    pen.row(f"Decoded: what the VAE makes of its stored latents, {clip.psnr_db:.1f} dB", clip.decoded)
+    for made in clip.generations:
+        pen.row(f"Base model, seed {made.seed}", made.base)
+        pen.row(f"With the trained LoRA, seed {made.seed}", made.lora)
 
 
 class _Pen:
-    """Writes down the sheet from top to bottom."""
+    """Writes down a sheet from top to bottom."""
 
-    def __init__(self, sheet: Image.Image) -> None:
-        self.sheet, self.draw, self.y = sheet, ImageDraw.Draw(sheet), _MARGIN
+    def __init__(self, width: int) -> None:
+        self.sheet = Image.new("RGB", (width, _TALLEST), _PAPER)
+        self.draw, self.y, self.width = ImageDraw.Draw(self.sheet), _MARGIN, width
+
+    def done(self) -> Image.Image:
+        return self.sheet.crop((0, 0, self.width, self.y + _MARGIN))
 
     def down(self, pixels: int) -> None:
         self.y += pixels
@@ -63,14 +67,19 @@ class _Pen:
         self.draw.text((_MARGIN, self.y), text, fill=fill, font=font)
         self.down(int(size * 1.2) + gap)
 
-    def frames(self, frames: NDArray[np.uint8]) -> None:
-        height = 0
-        for column, frame in enumerate(frames):
-            image = Image.fromarray(frame)
-            height = round(image.height * _THUMB_WIDTH / image.width)
-            thumb = image.resize((_THUMB_WIDTH, height), Image.Resampling.LANCZOS)
+    def paragraph(self, text: str, size: int, fill: str) -> None:
+        for line in textwrap.wrap(text, self.width // 9):
+            self.text(line, size, fill, gap=4)
+        self.down(12)
+
+    def row(self, title: str, frames: NDArray[np.uint8]) -> None:
+        self.text(title, 17, _INK, gap=6)
+        picks = np.linspace(0, len(frames) - 1, _COLUMNS).round().astype(int)
+        height = round(frames.shape[1] * _THUMB_WIDTH / frames.shape[2])
+        for column, pick in enumerate(picks):
+            thumb = Image.fromarray(frames[pick]).resize((_THUMB_WIDTH, height), Image.Resampling.LANCZOS)
             self.sheet.paste(thumb, (_MARGIN + column * (_THUMB_WIDTH + _GAP), self.y))
-        self.down(height + 28)
+        self.down(height + 20)
 
     def plot(self, points: Sequence[tuple[int, float]], width: int) -> None:
         top, bottom, left = self.y, self.y + _PLOT_HEIGHT, _MARGIN + 56
@@ -96,8 +105,9 @@ class _Pen:
         self.y = top + _PLOT_HEIGHT + 30
 
 
-def _running_mean(points: Sequence[tuple[int, float]], window: int = 9) -> list[tuple[int, float]]:
-    half = window // 2
+def _running_mean(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Over about a sixth of all steps: timesteps are drawn at random, so single losses say little."""
+    half = max(4, len(points) // 12)
     means = []
     for index, (step, _) in enumerate(points):
         near = [loss for _, loss in points[max(0, index - half) : index + half + 1]]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["escaped_json", "gallery"]
+__all__ = ["allowed", "escaped_json", "gallery"]
 
 _FOLDER = Path(__file__).parent
 
@@ -23,8 +23,8 @@ def gallery(report: Mapping[str, Any]) -> str:
     """The page for what :func:`~cogcache.inspect.gather.gather` found."""
     parts = {name: (_FOLDER / f"gallery.{name}").read_text("utf-8") for name in ("html", "css", "js")}
     policy = (
-        f"default-src 'none'; img-src data:; style-src {_allowed(parts['css'])}; "
-        f"script-src {_allowed(parts['js'])}; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; style-src {allowed(parts['css'])}; "
+        f"script-src {allowed(parts['js'])}; base-uri 'none'; form-action 'none'"
     )
     head, middle, after = parts["html"].split("{{cut}}")
     return (
@@ -34,7 +34,8 @@ def gallery(report: Mapping[str, Any]) -> str:
     )
 
 
-def _allowed(content: str) -> str:
+def allowed(content: str) -> str:
+    """What a content security policy says to allow this style or script, and no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode('ascii')}'"
 
 

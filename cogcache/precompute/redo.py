@@ -31,7 +31,7 @@ from cogcache.precompute.vae import FrozenVae
 from cogcache.progress import Progress
 from cogcache.video import load_clip
 
-__all__ = ["TOLERANCES", "decode_again", "latent_error", "parse_share", "pick"]
+__all__ = ["TOLERANCES", "decode_again", "latent_error", "parse_share", "pick", "psnr"]
 
 TOLERANCES = {"float32": 1e-2, "float16": 3e-2, "bfloat16": 1e-1}
 """Largest relative error of a latent that was encoded twice, by the VAE's dtype: other devices and kernels round
@@ -159,7 +159,7 @@ def _look(
             "source": row.source,
             "window": row.window,
             "latent_error": error,
-            "psnr_db": _psnr(decoded, frames_fhwc),
+            "psnr_db": psnr(decoded, frames_fhwc),
         }
     )
     tolerance = TOLERANCES[settings.vae_dtype]
@@ -185,7 +185,7 @@ def latent_error(stored: torch.Tensor, again: torch.Tensor, slack: float = 0.0) 
     return max(float(difference.norm() / value.norm().clamp_min(1e-6)) for difference, value in pairs)
 
 
-def _psnr(decoded_fhwc: torch.Tensor, frames_fhwc: torch.Tensor) -> float:
+def psnr(decoded_fhwc: torch.Tensor, frames_fhwc: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB, over all pixels of 0..255; 99 where nothing differs."""
     squares = (decoded_fhwc.float() - frames_fhwc.float()).square().mean().item()
     return 99.0 if squares == 0 else 10 * math.log10(255**2 / squares)
