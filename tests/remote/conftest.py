@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from servers import (
     post,
     program,
     s3_server,
+    self_signed,
 )
 
 from cogcache.cli import run
@@ -130,12 +132,31 @@ def hugging_face(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
 @pytest.fixture
 def nginx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """nginx over an empty folder."""
+    yield from web_server(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """The same by HTTPS, with a certificate that nobody trusts: ``tmp_path / "certificate.pem"``."""
+    yield from web_server(tmp_path, monkeypatch, self_signed(tmp_path / "certificate.pem"))
+
+
+@pytest.fixture
+def https(tls: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """The same, trusted, as ``SSL_CERT_FILE`` makes it, which aiohttp reads when it is imported."""
+    trusting = ssl.create_default_context(cafile=str(tmp_path / "certificate.pem"))
+    monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trusting)
+    return tls
+
+
+def web_server(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, certificate: Path | None = None
+) -> Iterator[Place]:
     binary = program("nginx")
     if binary is None:
         pytest.skip("nginx is not there: 'scripts/setup dev' fetches it where apt-get works")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
-    folder = tmp_path / "www"
-    folder.mkdir()
-    server = http_server(binary, folder, tmp_path / "nginx")
-    yield Place(server, folder, f"http://127.0.0.1:{server.port}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache-home"))
+    (folder / "www").mkdir()
+    server = http_server(binary, folder / "www", folder / "nginx", certificate)
+    yield Place(server, folder / "www", f"http{'s' if certificate else ''}://127.0.0.1:{server.port}")
     server.kill()

@@ -12,9 +12,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.request import Request, urlopen
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 KEY, SECRET = "tester", "not-a-secret"
 TOOLS = Path(sys.prefix) / "tools"
@@ -171,7 +178,7 @@ http {{
   client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
   uwsgi_temp_path {folder}; scgi_temp_path {folder};
   server {{
-    listen 127.0.0.1:{port};
+    listen 127.0.0.1:{port}{ssl};
     location / {{ root {root}; }}
     location /whole/ {{ alias {root}/; max_ranges 0; }}
     location /locked/ {{ return 403; }}
@@ -182,12 +189,17 @@ http {{
 """
 
 
-def http_server(nginx: str, root: Path, folder: Path) -> Server:
-    """nginx over ``root``. /whole/ is the same without ranges; /locked/, /login/ and /broken/ refuse."""
+def http_server(nginx: str, root: Path, folder: Path, certificate: Path | None = None) -> Server:
+    """nginx over ``root``. /whole/ is the same without ranges; /locked/, /login/ and /broken/ refuse.
+
+    Args:
+        certificate: A file with a certificate and its key: it is HTTPS with them.
+    """
     port = free_port()
     folder.mkdir()
     config = folder / "nginx.conf"
-    config.write_text(_NGINX.format(folder=folder, root=root, port=port))
+    ssl = f" ssl; ssl_certificate {certificate}; ssl_certificate_key {certificate}" if certificate else ""
+    config.write_text(_NGINX.format(folder=folder, root=root, port=port, ssl=ssl))
     return Server(
         [nginx, "-c", str(config), "-p", str(folder), "-e", str(folder / "start.log")], port, folder / "log"
     )
@@ -197,3 +209,26 @@ def requests(folder: Path) -> list[str]:
     """What nginx was asked for: one line each."""
     log = folder / "access.log"
     return log.read_text().splitlines() if log.exists() else []
+
+
+def self_signed(path: Path, host: str = "127.0.0.1") -> Path:
+    """A certificate for ``host`` that vouches for itself, and its key, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
+    now = datetime.now(timezone.utc)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(host))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    pem = serialization.Encoding.PEM
+    path.write_bytes(certificate.public_bytes(pem) + key.private_bytes(pem, *form))
+    return path

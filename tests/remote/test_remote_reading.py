@@ -49,7 +49,7 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("made", ["cache", "zarr_cache"])
-@pytest.mark.parametrize("kind", ["s3", "gs", "hf", "nginx", "memory"])
+@pytest.mark.parametrize("kind", ["s3", "gs", "hf", "nginx", "https", "memory"])
 def test_a_url_reads_as_the_folder(
     kind: str, made: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +101,7 @@ def outcome(config: TrainConfig) -> tuple[list[dict[str, Any]], bytes]:
     return rows, b"".join(lora[name].numpy().tobytes() for name in sorted(lora))
 
 
-@pytest.mark.parametrize("kind", ["s3", "gs", "hf"])
+@pytest.mark.parametrize("kind", ["s3", "gs", "hf", "https"])
 def test_training_from_a_url_equals_training_from_the_folder_whatever_happens_to_the_server(
     kind: str, request: pytest.FixtureRequest, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,8 +31,9 @@ _NO_CREDENTIALS = {
 }  # fmt: skip
 _WRONG_ADDRESS = {
     "OfflineModeIsEnabled", "InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError", "ParamValidationError",
-    "ClientConnectorCertificateError", "SSLError", "HFValidationError",
+    "HFValidationError",
 }  # fmt: skip
+_NOT_TRUSTED = {"ClientConnectorCertificateError", "SSLCertVerificationError"}
 _CREDENTIALS = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run 'aws configure'; for a server that is not Amazon's "
     "also AWS_ENDPOINT_URL. For a public bucket set FSSPEC_S3_ANON=true.",
@@ -42,6 +43,15 @@ _CREDENTIALS = {
 
 _ENDPOINTS = {"s3": ["AWS_ENDPOINT_URL"], "gs": ["STORAGE_EMULATOR_HOST"], "hf": ["HF_ENDPOINT"]}
 """Environment variables that lead to another server."""
+
+
+def certificate_hint(url: Url) -> str:
+    """What to set where the server's certificate is of an authority that this machine does not know."""
+    variable = "AWS_CA_BUNDLE" if url.protocol == "s3" else "SSL_CERT_FILE"
+    return (
+        "This machine does not trust the server's certificate. Check the address; for an authority of your own, "
+        f"let {variable} name a file with its certificate."
+    )
 
 
 def credentials_hint(url: Url) -> str:
@@ -100,6 +110,8 @@ class Patience:
             raise FileNotFoundError(errno.ENOENT, "the server has no such file") from error
         if not isinstance(error, OSError) and not any(map(_is_of_library, chain)):
             raise error
+        if names & _NOT_TRUSTED:
+            raise self._refusal("no use of", error, certificate_hint(self._url)) from error
         if names & _WRONG_ADDRESS or (statuses and not any(map(_may_pass, statuses))):
             raise self._refusal("no use of", error, "Check the address.") from error
 
