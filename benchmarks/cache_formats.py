@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 from cogcache.bench.facts import machine_facts
 from cogcache.bench.random_cache import CLIPS, real_variant
 from cogcache.cache.files import write_file
+from cogcache.cache.fill import fill_series
 from cogcache.cache.format import (
     IMAGES,
     LATENTS,
@@ -83,14 +84,7 @@ def write_shards(root: Path, variant: Variant, found: dict[str, list[Entry]], wa
     started = time.perf_counter()
     writer = CacheWriter.open(root, identity, compression)
     for series, items in found.items():
-        by_key = {entry.key: entry for entry in items}
-        bytes_each = _bytes(items[0])
-        writer.plan(series, list(by_key), max(1, round(256e6 / bytes_each)), "1")
-        for job in writer.jobs(series, set(by_key)):
-            with job:
-                for key in job.remaining:
-                    job.append(by_key[key])
-                job.finish()
+        fill_series(writer, series, items, max(1, round(256e6 / _bytes(items[0]))), "1")
     writer.commit([], [], found[TEXT][0].key)
     return time.perf_counter() - started
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from cogcache.cache.fill import fill_series
 from cogcache.cache.format import (
     Entry,
     Identity,
@@ -116,12 +117,6 @@ def write_cache(
         )
     writer = CacheWriter.open(root, identity)
     for (name, group), items in entries.items():
-        by_key = {entry.key: entry for entry in items}
-        writer.plan(name, list(by_key), 100, group)
-        for job in writer.jobs(name, set(by_key)):
-            with job:
-                for key in job.remaining:
-                    job.append(by_key[key])
-                job.finish()
+        fill_series(writer, name, items, 100, group)
     writer.commit(samples, [], empty, validation)
     return root

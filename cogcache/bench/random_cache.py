@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from cogcache.cache.fill import fill_series
 from cogcache.cache.format import (
     LATENTS,
     TEXT,
@@ -96,13 +97,9 @@ def _fill(
     keys: Sequence[str],
     values: Sequence[torch.Tensor],
 ) -> None:
-    places = {key: place for place, key in enumerate(keys)}
-    writer.plan(series, keys, max(1, int(_SHARD_BYTES // (2 * values[0].numel()))), group)
+    entries = [
+        Entry(key, {tensor: values[place % len(values)]}, {"number": place}) for place, key in enumerate(keys)
+    ]
+    per_shard = max(1, int(_SHARD_BYTES // (2 * values[0].numel())))
     with Progress(f"Writing {series}", len(keys), "entries") as progress:
-        for job in writer.jobs(series, keys):
-            with job:
-                for key in job.remaining:
-                    place = places[key]
-                    job.append(Entry(key, {tensor: values[place % len(values)]}, {"number": place}))
-                    progress.advance()
-                job.finish()
+        fill_series(writer, series, entries, per_shard, group, progress.advance)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogcache.cache.backend import DAMAGED, PART, data_files
 from cogcache.cache.contents import Expectation
 from cogcache.cache.damage import Damage, Report
 from cogcache.cache.files import storage_errors
 from cogcache.cache.format import (
-    FAILURES_FILE,
-    IDENTITY_FILE,
     IMAGES,
     JOURNAL_FILE,
     LATENTS,
@@ -23,26 +19,18 @@ from cogcache.cache.format import (
     TEXT,
     VALIDATION_FILE,
     Identity,
-    SampleRecord,
 )
 from cogcache.cache.index import ShardIndex, check_key, parse_index
 from cogcache.cache.journal import Journal
 from cogcache.cache.lines import load_sealed
 from cogcache.cache.names import is_shard, parse_shard
+from cogcache.cache.needs import needs_of, needs_of_prompt
 from cogcache.cache.regular import read_regular
 from cogcache.cache.shard_check import ShardFinding, examine
+from cogcache.cache.strangers import tell_strangers
 from cogcache.cache.survey import Survey, survey
-from cogcache.wording import counted
 
-__all__ = ["Checked", "check_cache", "needs_of"]
-
-_TOP = {IDENTITY_FILE, MANIFEST_FILE, SAMPLES_FILE, FAILURES_FILE, VALIDATION_FILE, JOURNAL_FILE, ".lock"}
-_SETTINGS = "encode.config.yaml"
-_SHARD_FILE = re.compile(
-    r"\.?([a-z0-9_]+(?:-[0-9x]+){1,2})\.(index\.jsonl|plan\.json|lock|index\.part|index\.damaged)"
-)
-_SET_ASIDE = "was set aside by a repair that was stopped; repair again"
-_UNFINISHED = ("plan.json", "lock", "index.part")
+__all__ = ["Checked", "check_cache"]
 
 
 @dataclass
@@ -82,7 +70,7 @@ def check_cache(root: Path, advance: Callable[[int], object] = lambda _: None) -
         _references(seen, findings, report)
         _plans(root, report)
         _journal(root, report)
-        _strangers(seen, findings, report)
+        tell_strangers(seen, findings, report)
     users = _users(seen)
     report.damages = [_with_clips(damage, users, findings) for damage in report.damages]
     report.counts = {
@@ -115,11 +103,6 @@ def _expectation(seen: Survey, identity: Identity, series: str) -> Expectation |
         return None
     variant = seen.manifest.model.variant if seen.manifest else identity.model.variant
     return Expectation(series, variant, fingerprint)
-
-
-def needs_of(row: SampleRecord) -> list[tuple[str, str]]:
-    """(series, key) of every entry that a sample needs."""
-    return [(LATENTS, row.latents), (TEXT, row.text), *((IMAGES, key) for key in row.images)]
 
 
 def _side_files(seen: Survey, findings: list[ShardFinding], report: Report) -> None:
@@ -184,9 +167,7 @@ def _references(seen: Survey, findings: list[ShardFinding], report: Report) -> N
             what = f"it says {row.bucket} of {row.source}, whose latent is in a shard of {group}"
             report.damages.append(Damage(SAMPLES_FILE, what, key=row.latents))
     needs = [(SAMPLES_FILE, *need) for row in seen.samples or () for need in needs_of(row)]
-    for prompt in seen.validation or ():
-        needs.append((VALIDATION_FILE, TEXT, prompt.text))
-        needs += [(VALIDATION_FILE, IMAGES, prompt.image)] if prompt.image else []
+    needs += [(VALIDATION_FILE, *need) for row in seen.validation or () for need in needs_of_prompt(row)]
     if seen.manifest:
         needs.append((MANIFEST_FILE, TEXT, seen.manifest.unconditional))
     for file, series, key in dict.fromkeys(needs):
@@ -237,54 +218,3 @@ def _journal(root: Path, report: Report) -> None:
         report.damages.append(Damage(JOURNAL_FILE, what))
     if journal.torn:
         report.facts.append(f"the last line of {JOURNAL_FILE} was being written when a run was stopped")
-
-
-def _strangers(seen: Survey, findings: list[ShardFinding], report: Report) -> None:
-    """Files that belong to nothing, and entries that no sample uses."""
-    unfinished, ours = _data_strangers(seen, findings, report)
-    for path in sorted(seen.root.rglob("*")):
-        name = path.relative_to(seen.root).as_posix()
-        if path.is_dir() or path in ours or name in {*_TOP, *seen.side_files, _SETTINGS}:
-            continue
-        match = _SHARD_FILE.fullmatch(path.name)
-        if match and path.parent.parent == seen.root and match[1].split("-")[0] == path.parent.name:
-            if match[2] in _UNFINISHED:
-                unfinished.add(match[1])
-            elif match[2].endswith("damaged"):
-                report.facts.append(f"{name} {_SET_ASIDE}")
-        elif name.endswith((".tmp", ".next")) or ".dropped/" in name:
-            report.facts.append(f"{name} was left by a run that was stopped; the next encode clears it away")
-        else:
-            report.facts.append(f"{name} does not belong to the cache")
-    report.facts += [f"shard {name} is not finished; encode goes on with it" for name in sorted(unfinished)]
-    _unused(seen, findings, report)
-
-
-def _data_strangers(seen: Survey, findings: list[ShardFinding], report: Report) -> tuple[set[str], set[Path]]:
-    """Unfinished shards that have a data file, and all data files; says which of them belong to nothing."""
-    unfinished, ours, known = set[str](), set[Path](), {finding.name for finding in findings}
-    for folder in sorted(seen.root / series for series in seen.shards if (seen.root / series).is_dir()):
-        for shard, tail, path in sorted(data_files(seen.backend, folder)):
-            ours.add(path)
-            name = path.relative_to(seen.root).as_posix()
-            if tail == PART:
-                unfinished.add(shard)
-            elif tail == DAMAGED:
-                report.facts.append(f"{name} {_SET_ASIDE}")
-            elif shard not in known and not (folder / f"{shard}.plan.json").exists():
-                report.facts.append(f"{name} has no index, so it is no part of the cache; it can be deleted")
-    return unfinished, ours
-
-
-def _unused(seen: Survey, findings: list[ShardFinding], report: Report) -> None:
-    if seen.manifest is None or seen.samples is None:
-        return
-    named = {name for record in seen.manifest.series.values() for name in (s.name for s in record.shards)}
-    new = [finding.name for finding in findings if finding.name not in named]
-    report.facts += [f"shard {name} is committed, but not yet in {MANIFEST_FILE}" for name in new]
-    used = {need for row in seen.samples for need in needs_of(row)} | {(TEXT, seen.manifest.unconditional)}
-    for prompt in seen.validation or ():
-        used |= {(TEXT, prompt.text), (IMAGES, prompt.image or "")}
-    spare = sum((f.series, r.key) not in used for f in findings for r in f.good)
-    if spare:
-        report.facts.append(f"used by no sample: {counted(spare, 'entry', 'entries')}, which may stay")

@@ -1,4 +1,4 @@
-"""What a check of a cache finds, how it is told, and what to do about a damaged shard."""
+"""What a check of a cache finds, how it is told, what a repair did, and what to do about a damaged shard."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from cogcache.location import Location, Url
 from cogcache.wording import counted
 
-__all__ = ["Damage", "Report", "mend_hint"]
+__all__ = ["Damage", "Repaired", "Report", "mend_hint"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,19 @@ class Report:
             *decoded,
             *(f"note     {fact}" for fact in self.facts),
         ]
+
+
+@dataclass
+class Repaired:
+    """What a repair did.
+
+    Attributes:
+        done: What was done, one line each.
+        missing: Whether encode must run again: something was dropped, or cannot be known from what is left.
+    """
+
+    done: list[str] = field(default_factory=list)
+    missing: bool = False
 
 
 def mend_hint(folder: Location, shard: str) -> str:

@@ -8,7 +8,7 @@ from cogcache.cache.files import remove, remove_tree
 from cogcache.cache.folder import SeriesFolder
 from cogcache.cache.format import IDENTITY_FILE, MANIFEST_FILE, Identity
 from cogcache.cache.identity import check_same, read_identity, write_identity
-from cogcache.cache.writer import cache_lock
+from cogcache.cache.lock import cache_lock
 from cogcache.errors import CacheError
 
 __all__ = ["drop_series"]

@@ -15,6 +15,7 @@ from cogcache.cache.format import (
     LATENTS,
     MANIFEST_FILE,
     SAMPLES_FILE,
+    TEXT,
     Entry,
     FailureRecord,
     Manifest,
@@ -26,6 +27,7 @@ from cogcache.cache.format import (
 from cogcache.cache.index import parse_index
 from cogcache.cache.moments import moments_of
 from cogcache.cache.names import is_series, parse_shard
+from cogcache.cache.needs import needs_of, needs_of_prompt
 from cogcache.cache.remote.storage import RemoteOptions, open_storage
 from cogcache.cache.shard import ShardReader
 from cogcache.cache.storage import Storage
@@ -121,15 +123,10 @@ class CacheReader:
         return ShardReader(self._storage, series, record.name, index, backend_of(self.manifest.backend))
 
     def _check_references(self) -> None:
-        for row in self.samples:
-            for series, keys in (("latents", [row.latents]), ("text", [row.text]), ("images", row.images)):
-                for key in keys:
-                    self._shard(series, key)
-        for prompt in self.validation:
-            self._shard("text", prompt.text)
-            if prompt.image is not None:
-                self._shard("images", prompt.image)
-        self._shard("text", self.manifest.unconditional)
+        needs = [need for row in self.samples for need in needs_of(row)]
+        needs += [need for prompt in self.validation for need in needs_of_prompt(prompt)]
+        for series, key in (*needs, (TEXT, self.manifest.unconditional)):
+            self._shard(series, key)
 
     def _shard(self, series: str, key: str) -> ShardReader:
         try:

@@ -8,56 +8,35 @@ which nothing vouches any more (index and manifest both lost): those are taken a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cogcache.cache.backend import DAMAGED, PART, Backend, backend_of
-from cogcache.cache.check import Checked, check_cache, needs_of
+from cogcache.cache.check import Checked
+from cogcache.cache.damage import Repaired
 from cogcache.cache.files import remove, rename, write_atomic
 from cogcache.cache.folder import SeriesFolder
 from cogcache.cache.format import (
-    FAILURES_FILE,
-    IMAGES,
     JOURNAL_FILE,
     MANIFEST_FILE,
-    SAMPLES_FILE,
-    TEXT,
-    VALIDATION_FILE,
     EntryRecord,
-    FailureRecord,
     Identity,
-    SampleRecord,
 )
 from cogcache.cache.identity import write_identity
 from cogcache.cache.index import parse_index
 from cogcache.cache.journal import Journal
-from cogcache.cache.keys import text_key
 from cogcache.cache.lines import seal_line
+from cogcache.cache.lock import cache_lock
+from cogcache.cache.mend_tables import mend_tables
 from cogcache.cache.names import ShardName, parse_shard
 from cogcache.cache.regular import open_regular, read_regular
 from cogcache.cache.shard_check import ShardFinding, read_contents, records_of
 from cogcache.cache.tables import settle_tables
-from cogcache.cache.writer import CacheWriter, cache_lock
+from cogcache.cache.writer import CacheWriter
 from cogcache.errors import CacheError
 
-__all__ = ["Repaired", "repair_cache"]
-
-_DROPPED = "its entry was damaged and has been dropped; encode makes it anew"
-
-
-@dataclass
-class Repaired:
-    """What a repair did.
-
-    Attributes:
-        done: What was done, one line each.
-        missing: Whether encode must run again: something was dropped, or cannot be known from what is left.
-    """
-
-    done: list[str] = field(default_factory=list)
-    missing: bool = False
+__all__ = ["repair_cache"]
 
 
 def repair_cache(
@@ -95,7 +74,7 @@ def repair_cache(
     if any(damage.file in checked.seen.side_files for damage in checked.report.damages):
         writer.refresh()
         result.done.append("what tells other programs of the cache was written anew")
-    _mend_tables(checked, identity, advance, result)
+    mend_tables(checked, identity, advance, result)
     if any(damage.file == JOURNAL_FILE for damage in checked.report.damages):
         _mend_journal(root, result)
     return result
@@ -230,67 +209,6 @@ def _copy(writer: CacheWriter, name: ShardName, data: Path, records: Mapping[str
                     else:
                         job.copy(key, contents)
                 job.finish()
-
-
-def _mend_tables(
-    checked: Checked, identity: Identity, advance: Callable[[int], object], result: Repaired
-) -> None:
-    """Write tables and manifest anew where they do not agree with what is there."""
-    now = check_cache(checked.seen.root, advance) if result.done else checked
-    top = (MANIFEST_FILE, SAMPLES_FILE, FAILURES_FILE, VALIDATION_FILE)
-    if not any(damage.file in top for damage in now.report.damages):
-        return
-    root, rows = checked.seen.root, checked.seen.samples
-    keys = now.good_keys()
-    unconditional = text_key(identity.series.get(TEXT, {}), "")
-    if checked.seen.manifest is not None:
-        unconditional = checked.seen.manifest.unconditional
-    if rows is None or unconditional not in keys[TEXT]:
-        why = "samples.jsonl cannot be believed" if rows is None else "the empty caption's entry is lost"
-        with cache_lock(root):
-            remove(root / MANIFEST_FILE)
-        result.done.append(
-            f"no manifest can be written: {why}; encode writes it from your lists and encodes only what is missing"
-        )
-        result.missing = True
-        return
-    _commit(checked, identity, rows, keys, unconditional, result)
-
-
-def _commit(
-    checked: Checked,
-    identity: Identity,
-    rows: Sequence[SampleRecord],
-    keys: dict[str, set[str]],
-    unconditional: str,
-    result: Repaired,
-) -> None:
-    root, seen = checked.seen.root, checked.seen
-    complete = [row for row in rows if all(key in keys[series] for series, key in needs_of(row))]
-    kept = {row.id for row in complete}
-    dropped = [
-        FailureRecord(id=row.id, source=row.source, window=row.window, reason=_DROPPED)
-        for row in rows
-        if row.id not in kept
-    ]
-    prompts = [
-        prompt
-        for prompt in seen.validation or ()
-        if prompt.text in keys[TEXT] and (not prompt.image or prompt.image in keys[IMAGES])
-    ]
-    journaled = {event.get("checksum") for event in Journal(root / JOURNAL_FILE).read()}
-    writer = CacheWriter.open(root, identity)
-    manifest = writer.commit(complete, [*(seen.failures or ()), *dropped], unconditional, prompts)
-    if manifest.checksum in journaled:
-        result.done.append("the manifest was rebuilt; the journal proves it is the one that was committed")
-    else:
-        result.done.append(
-            f"tables and manifest were written anew, with {len(complete)} of {len(rows)} samples"
-        )
-    lost = len(seen.validation or ()) - len(prompts)
-    if seen.validation is None or lost:
-        result.done.append("validation prompts were lost; give --validation-prompts to encode again")
-    result.missing |= bool(dropped) or seen.validation is None or bool(lost)
 
 
 def _mend_journal(root: Path, result: Repaired) -> None:

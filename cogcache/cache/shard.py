@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -220,11 +221,8 @@ class ShardReader:
         Raises:
             DamagedCacheError: if a byte differs from what was written.
         """
-        members = self._members(self._entries[key])
-        try:
-            return self._backend.unpack(key, members)
-        except ValueError as error:
-            raise self._damaged(f"entry {key}: {error}") from None
+        with self._naming(key):
+            return self._backend.unpack(key, self._members(self._entries[key]))
 
     def contents(self, key: str) -> Contents:
         """The entry as bytes, as :mod:`cogcache.cache.stored` spells them, checked.
@@ -232,11 +230,8 @@ class ShardReader:
         Raises:
             DamagedCacheError: if a byte differs from what was written.
         """
-        members = self._members(self._entries[key])
-        try:
-            return self._backend.contents(key, members)
-        except ValueError as error:
-            raise self._damaged(f"entry {key}: {error}") from None
+        with self._naming(key):
+            return self._backend.contents(key, self._members(self._entries[key]))
 
     def facts(self, key: str) -> dict[str, Any]:
         """The facts of an entry, without reading its tensors.
@@ -244,8 +239,14 @@ class ShardReader:
         Raises:
             DamagedCacheError: if a byte differs from what was written.
         """
-        try:
+        with self._naming(key):
             return self._backend.facts(key, *self._members(self._entries[key][1:]))
+
+    @contextmanager
+    def _naming(self, key: str) -> Iterator[None]:
+        """What is wrong inside is a damage of this entry."""
+        try:
+            yield
         except ValueError as error:
             raise self._damaged(f"entry {key}: {error}") from None
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from cogcache.cache.backend import BACKENDS, backend_of, data_files
 from cogcache.cache.check import Checked, check_cache
-from cogcache.cache.damage import Damage, Report
+from cogcache.cache.damage import Damage, Repaired, Report
 from cogcache.cache.reader import CacheReader
-from cogcache.cache.repair import Repaired, repair_cache
+from cogcache.cache.repair import repair_cache
 from cogcache.errors import ConfigError, DamageFoundError, PartialFailureError
 from cogcache.location import Location, Url
 from cogcache.progress import Progress

@@ -17,22 +17,17 @@ A kill at any moment costs at most the entry in the making. ``shards/README.md``
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import pairwise
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 from weakref import WeakSet
 
 from cogcache.cache import tables
 from cogcache.cache.backend import backend_of
-from cogcache.cache.files import FileLock, make_folder, storage_errors, write_atomic
+from cogcache.cache.files import make_folder, storage_errors, write_atomic
 from cogcache.cache.folder import SeriesFolder
 from cogcache.cache.format import (
-    IMAGES,
     JOURNAL_FILE,
-    LATENTS,
-    TEXT,
     FailureRecord,
     Identity,
     Manifest,
@@ -45,11 +40,11 @@ from cogcache.cache.identity import admit
 from cogcache.cache.index import check_key
 from cogcache.cache.job import ShardJob
 from cogcache.cache.journal import Journal
+from cogcache.cache.lock import cache_lock
+from cogcache.cache.needs import check_complete
 from cogcache.errors import CacheError
 
-__all__ = ["CacheWriter", "Left", "ShardJob", "cache_lock"]
-
-_LOCK_FILE = ".lock"
+__all__ = ["CacheWriter", "Left", "ShardJob"]
 
 
 class Left(NamedTuple):
@@ -299,7 +294,7 @@ class CacheWriter:
                 )
             self._write_side_files()
             prompts = tables.current_validation(self.root) if validation is None else validation
-            self._check_complete(rows, unconditional, prompts, keys)
+            check_complete(rows, unconditional, prompts, keys)
             manifest = tables.commit_tables(
                 self.root, self.identity, series, rows, lost, unconditional, prompts
             )
@@ -308,39 +303,3 @@ class CacheWriter:
             with self._lock():
                 self._copy.send_cache(manifest)
         return manifest
-
-    def _check_complete(
-        self,
-        rows: Sequence[SampleRecord],
-        unconditional: str,
-        prompts: Sequence[ValidationRecord],
-        keys: dict[str, set[str]],
-    ) -> None:
-        for before, row in pairwise(rows):
-            if before.id == row.id:
-                raise CacheError(f"two samples have the id {row.id!r} ({before.source} and {row.source}).")
-        needs = [(TEXT, unconditional, "the empty caption")]
-        for row in rows:
-            needs += [(LATENTS, row.latents, row.source), (TEXT, row.text, row.source)]
-            needs += [(IMAGES, key, row.source) for key in row.images]
-        for prompt in prompts:
-            whose = f"the validation prompt {prompt.prompt!r:.60}"
-            needs += [(TEXT, prompt.text, whose)] + ([(IMAGES, prompt.image, whose)] if prompt.image else [])
-        for series, key, whose in needs:
-            if key not in keys.get(series, MappingProxyType({})):
-                raise CacheError(
-                    f"the cache is not complete: {whose} has no committed entry {key} in {series}.",
-                    "Run encode again; if another process is still encoding, wait for it first.",
-                )
-
-
-@contextmanager
-def cache_lock(root: Path) -> Iterator[None]:
-    """Keep all others out of the cache; whatever the disk refuses inside becomes a :class:`StorageError`."""
-    with storage_errors(root):
-        lock = FileLock.acquire(root / _LOCK_FILE, wait=True)
-        try:
-            yield
-        finally:
-            if lock is not None:
-                lock.release()

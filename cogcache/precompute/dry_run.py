@@ -21,6 +21,7 @@ from cogcache.cache.format import (
 )
 from cogcache.cache.identity import check_buckets, check_same, read_identity
 from cogcache.cache.journal import Journal
+from cogcache.cache.needs import needs_of
 from cogcache.cache.storage import LocalStorage
 from cogcache.cache.tables import read_manifest, read_table
 from cogcache.config import EncodeConfig
@@ -119,8 +120,7 @@ def _before(settings: EncodeSettings) -> _Before:
 
 
 def _change(clip: ClipWork, before: _Before) -> Change | None:
-    needs = [(LATENTS, clip.latents), (TEXT, clip.text), *((IMAGES, key) for key in clip.images)]
-    missing = [(series, key) for series, key in needs if key not in before.durable.get(series, ())]
+    missing = [(series, key) for series, key in needs_of(clip) if key not in before.durable.get(series, ())]
     reasons = _reasons(clip, before, missing)
     if not reasons:
         return None

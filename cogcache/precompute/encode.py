@@ -17,6 +17,7 @@ import torch
 
 from cogcache.cache.drop import drop_series
 from cogcache.cache.format import IMAGES, LATENTS, TEXT, FailureRecord, Manifest
+from cogcache.cache.needs import needs_of
 from cogcache.cache.remote.mirror import Mirror
 from cogcache.cache.rounds import fill_in_rounds
 from cogcache.cache.writer import CacheWriter
@@ -222,8 +223,7 @@ def _commit(
 
 
 def _missing(clip: ClipWork, durable: dict[str, set[str]]) -> list[str]:
-    needed = [(LATENTS, clip.latents), (TEXT, clip.text), *((IMAGES, key) for key in clip.images)]
-    return [key for series, key in needed if key not in durable[series]]
+    return [key for series, key in needs_of(clip) if key not in durable[series]]
 
 
 def _failure(clip: ClipWork, missing: Sequence[str], reasons: dict[str, str]) -> FailureRecord:

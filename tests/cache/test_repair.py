@@ -11,10 +11,11 @@ from cache_kit import Crash, FakeOs, data_file, install, snapshot
 from verify_kit import CLIPS, encode, facts_by_key, flip, flip_tensor, identity, latent_key, text_key
 
 from cogcache.cache.check import check_cache
+from cogcache.cache.damage import Repaired
 from cogcache.cache.files import remove
 from cogcache.cache.format import LATENTS, TEXT
 from cogcache.cache.reader import CacheReader
-from cogcache.cache.repair import Repaired, repair_cache
+from cogcache.cache.repair import repair_cache
 from cogcache.cache.writer import CacheWriter
 from cogcache.errors import CacheError
 

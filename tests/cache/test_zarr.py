@@ -16,6 +16,7 @@ from cache_kit import TEXT_KEYS, FakeOs, data_file, data_files, identity, snapsh
 from verify_kit import flip, latent_key, tensor_at
 
 from cogcache.cache.check import check_cache
+from cogcache.cache.fill import fill_series
 from cogcache.cache.format import LATENTS, TEXT, BackendName, Entry, Identity, ZarrCompression
 from cogcache.cache.lines import dump_sealed
 from cogcache.cache.moments import unpack_moments
@@ -170,14 +171,7 @@ def write(
     compression: ZarrCompression = "zstd",
 ) -> None:
     writer = CacheWriter.open(root, identity(), compression)
-    keys = [entry.key for entry in entries]
-    writer.plan(series, keys, slots, group)
-    for job in writer.jobs(series, keys):
-        with job:
-            for entry in entries:
-                if entry.key in job.remaining:
-                    job.append(entry)
-            job.finish()
+    fill_series(writer, series, entries, slots, group)
     writer.commit([], [], TEXT_KEYS[0])
 
 

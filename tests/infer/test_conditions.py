@@ -16,6 +16,7 @@ from diffusers import (
 )
 from making_videos import numbers, picture, write_video
 from PIL import Image
+from stock_frames import stock
 
 from cogcache.config import InferConfig
 from cogcache.errors import CogcacheError, ConfigError, GeometryError
@@ -61,24 +62,6 @@ def video(**settings: Any) -> np.ndarray:
     number = len(plan.prompts) - 1
     with Progress("test", plan.steps, "steps") as progress:
         return _generate(load_pipeline(plan), plan, plan.prompts[-1], number, progress)
-
-
-def stock(pipe: Any, size: Size, lora: Path | None = None, steps: int = 2, **inputs: Any) -> np.ndarray:
-    if lora:
-        pipe.load_lora_weights(lora)
-    result = pipe(
-        prompt="a rabbit",
-        negative_prompt="",
-        height=size.height,
-        width=size.width,
-        num_inference_steps=steps,
-        guidance_scale=6.0,
-        max_sequence_length=pipe.transformer.config.max_text_seq_length,
-        generator=torch.Generator().manual_seed(5),
-        output_type="np",
-        **inputs,
-    ).frames[0]
-    return (result * 255).round().astype(np.uint8)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
+from stock_frames import stock
 
 from cogcache.config import InferConfig
 from cogcache.config_io import load_config
 from cogcache.errors import ConfigError
+from cogcache.geometry import Size
 from cogcache.infer import infer
 from cogcache.infer.pipeline import load_pipeline
 from cogcache.infer.plan import plan_inference
@@ -35,23 +36,8 @@ def video(**settings: Any) -> np.ndarray:
         return _generate(load_pipeline(plan), plan, plan.prompts[-1], number, progress)
 
 
-def stock_video(root: Path, frames: int, size: tuple[int, int], lora: Path | None = None) -> np.ndarray:
-    pipe = CogVideoXPipeline.from_pretrained(root)
-    if lora:
-        pipe.load_lora_weights(lora)
-    result = pipe(
-        "a rabbit",
-        negative_prompt="",
-        num_frames=frames,
-        height=size[0],
-        width=size[1],
-        num_inference_steps=2,
-        guidance_scale=6.0,
-        max_sequence_length=pipe.transformer.config.max_text_seq_length,
-        generator=torch.Generator().manual_seed(5),
-        output_type="np",
-    ).frames[0]
-    return (result * 255).round().astype(np.uint8)
+def stock_video(root: Path, frames: int, size: Size, lora: Path | None = None) -> np.ndarray:
+    return stock(CogVideoXPipeline.from_pretrained(root), size, lora, num_frames=frames)
 
 
 @pytest.mark.parametrize("family", ["2b", "5b", "1.5-5b"])
@@ -62,14 +48,14 @@ def test_equals_the_stock_pipeline_with_the_lora(
     root, lora = tiny_models(family), make_lora(family)
     mine = video(lora=lora)
     assert mine.shape == (9, 32, 48, 3)
-    assert np.array_equal(mine, stock_video(root, 9, (32, 48), lora))
-    assert not np.array_equal(mine, stock_video(root, 9, (32, 48)))
+    assert np.array_equal(mine, stock_video(root, 9, Size(32, 48), lora))
+    assert not np.array_equal(mine, stock_video(root, 9, Size(32, 48)))
 
 
 def test_scale_zero_is_the_base_model_and_scale_multiplies_alpha(
     tiny_models: Models, make_lora: MakeLora
 ) -> None:
-    lora, base = make_lora(), stock_video(tiny_models("2b"), 9, (32, 48))
+    lora, base = make_lora(), stock_video(tiny_models("2b"), 9, Size(32, 48))
     assert np.array_equal(video(lora=lora, lora_scale=0.0), base)
     assert np.array_equal(video(lora=lora, lora_scale=0.0, fuse=True), base)
     double = make_lora(alpha=4, name="double.safetensors")

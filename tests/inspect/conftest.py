@@ -10,6 +10,7 @@ import torch
 from browser import Browser, programs
 from inspect_kit import CAPTIONS, EVIL, OUTLIER
 
+from cogcache.cache.fill import fill_series
 from cogcache.cache.format import (
     Entry,
     FailureRecord,
@@ -59,12 +60,7 @@ def shards(tiny_models: Callable[[Family], Path], tmp_path_factory: pytest.TempP
     entries["text"][empty] = Entry(empty, {"prompt_embeds": embeds}, {"caption": ""})
     writer = CacheWriter.open(root, identity)
     for series, made in entries.items():
-        writer.plan(series, list(made), 3)
-        for job in writer.jobs(series, set(made)):
-            with job:
-                for key in job.remaining:
-                    job.append(made[key])
-                job.finish()
+        fill_series(writer, series, list(made.values()), 3)
     reasons = ["too short", "too short", EVIL]
     failures = [
         FailureRecord(id=f"f{n}", source=f"bad/{n}.mp4", window="start", reason=r)

@@ -157,18 +157,24 @@ def test_float16_gradients_are_unscaled_before_clipping(
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
 
 
-def test_the_base_stays_as_it_was(
-    settings: Settings, tiny_models: Callable[[Family], Path], monkeypatch: Any
-) -> None:
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
+    """The transformers that runs load, as they leave them."""
     from cogcache.train import stage
 
-    kept = []
+    loaded: list[torch.nn.Module] = []
 
     def load(*args: Any, **kwargs: Any) -> torch.nn.Module:
-        kept.append(load_transformer(*args, **kwargs))
-        return kept[0]
+        loaded.append(load_transformer(*args, **kwargs))
+        return loaded[-1]
 
     monkeypatch.setattr(stage, "load_transformer", load)
+    return loaded
+
+
+def test_the_base_stays_as_it_was(
+    settings: Settings, tiny_models: Callable[[Family], Path], kept: list[torch.nn.Module]
+) -> None:
     train(settings(steps=2))
     before = load_transformer(tiny_models("5b"), torch.float32).state_dict()
     after = {name.replace(".base_layer", ""): tensor for name, tensor in kept[0].state_dict().items()}
@@ -176,19 +182,10 @@ def test_the_base_stays_as_it_was(
 
 
 def test_the_lora_acts_in_the_stock_pipeline_as_it_did_in_training(
-    settings: Settings, tiny_models: Callable[[Family], Path], monkeypatch: Any
+    settings: Settings, tiny_models: Callable[[Family], Path], kept: list[torch.nn.Module]
 ) -> None:
     from diffusers import CogVideoXPipeline
 
-    from cogcache.train import stage
-
-    kept = []
-
-    def load(*args: Any, **kwargs: Any) -> torch.nn.Module:
-        kept.append(load_transformer(*args, **kwargs))
-        return kept[0]
-
-    monkeypatch.setattr(stage, "load_transformer", load)
     result = train(settings(steps=3, rank=4, alpha=2.0))
     pipe = CogVideoXPipeline.from_pretrained(tiny_models("5b"))
     for (

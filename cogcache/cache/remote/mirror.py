@@ -17,12 +17,12 @@ from cogcache.cache.format import IDENTITY_FILE, JOURNAL_FILE, MANIFEST_FILE, Id
 from cogcache.cache.identity import admit, read_identity
 from cogcache.cache.index import parse_index
 from cogcache.cache.lines import load_sealed
+from cogcache.cache.lock import cache_lock
 from cogcache.cache.remote.connection import Connection
 from cogcache.cache.remote.lru import default_folder
 from cogcache.cache.remote.storage import RemoteOptions
 from cogcache.cache.storage import LocalStorage
 from cogcache.cache.tables import pending, read_manifest
-from cogcache.cache.writer import cache_lock
 from cogcache.errors import CacheError, ConfigError, DamagedCacheError
 from cogcache.location import Url
 from cogcache.progress import say
