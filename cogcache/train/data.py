@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogcache.cache.format import IMAGES, TEXT, SampleRecord
 from cogcache.cache.plan import epoch_batches, share, steps_per_epoch
@@ -26,7 +26,7 @@ from cogcache.cache.reader import CacheReader
 from cogcache.config import TrainConfig
 from cogcache.draws import generator, uniform
 from cogcache.errors import CacheError
-from cogcache.train.objective import padded_frames
+from cogcache.train.objective import loss_per_sample, padded_frames
 from cogcache.variants import Variant
 
 __all__ = ["Batch", "Draws", "Micro", "Samples", "StepPlan", "read_ahead", "read_sample", "step_plans"]
@@ -102,6 +102,21 @@ class Batch:
         """A batch with ``function`` applied to every tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(**{name: function(value) for name, value in values.items() if value is not None})
+
+    def losses(self, transformer: nn.Module, scheduler: Any, variant: Variant, dtype: torch.dtype) -> Tensor:
+        """What :func:`~cogcache.train.objective.loss_per_sample` gives for it, float32 [B]."""
+        return loss_per_sample(
+            transformer,
+            scheduler,
+            self.moments_bcfhw,
+            self.prompt_embeds_bld,
+            noise_bpchw=self.noise_bpchw,
+            timesteps_b=self.timesteps_b,
+            variant=variant,
+            posterior_noise_bcfhw=self.posterior_noise_bcfhw,
+            image_latents_bcfhw=self.image_latents_bcfhw,
+            dtype=dtype,
+        )
 
 
 @dataclass(frozen=True)

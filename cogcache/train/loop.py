@@ -30,7 +30,6 @@ from cogcache.train.flops import step_flops
 from cogcache.train.late import LateNumbers, Uploads
 from cogcache.train.memory.measures import Measures
 from cogcache.train.model import trainable
-from cogcache.train.objective import loss_per_sample
 from cogcache.train.report import NoReport, Report, StepResult
 from cogcache.train.saver import Draft, Saver
 from cogcache.train.schedule import learning_rate
@@ -229,18 +228,7 @@ class Trainer:
         """Loss of each sample of a microbatch, fillers included, float32 [B]."""
         if self.config.lora_dropout:
             torch.manual_seed(seed_for(self.config.seed, "lora dropout", step, micro, self.process))
-        return loss_per_sample(
-            self.engine.model,
-            self.scheduler,
-            batch.moments_bcfhw,
-            batch.prompt_embeds_bld,
-            noise_bpchw=batch.noise_bpchw,
-            timesteps_b=batch.timesteps_b,
-            variant=self.samples.variant,
-            posterior_noise_bcfhw=batch.posterior_noise_bcfhw,
-            image_latents_bcfhw=batch.image_latents_bcfhw,
-            dtype=self.dtype,
-        )
+        return batch.losses(self.engine.model, self.scheduler, self.samples.variant, self.dtype)
 
     def _backward(self, loss_b: Tensor, real: int, total: int) -> None:
         """Add this microbatch's part of the mean over ``total`` samples. Fillers count as zero."""

@@ -28,7 +28,7 @@ from cogcache.geometry import Size, parse_size
 from cogcache.lora import Provenance
 from cogcache.train.data import Batch, Draws, read_ahead, read_sample
 from cogcache.train.metrics import SampledVideo, ValidationResult, validated
-from cogcache.train.objective import loss_per_sample, padded_frames
+from cogcache.train.objective import padded_frames
 from cogcache.train.sampling import sample_latents
 from cogcache.train.signals import StopRequest
 from cogcache.variants import Variant
@@ -169,18 +169,7 @@ class Validator:
             if stop.number:
                 break
             batch = batch.map(lambda tensor: tensor.to(self.device))
-            losses[place] = loss_per_sample(
-                self.transformer,
-                self.scheduler,
-                batch.moments_bcfhw,
-                batch.prompt_embeds_bld,
-                noise_bpchw=batch.noise_bpchw,
-                timesteps_b=batch.timesteps_b,
-                variant=self.variant,
-                posterior_noise_bcfhw=batch.posterior_noise_bcfhw,
-                image_latents_bcfhw=batch.image_latents_bcfhw,
-                dtype=self.dtype,
-            )[0]
+            losses[place] = batch.losses(self.transformer, self.scheduler, self.variant, self.dtype)[0]
         return losses
 
     def _batch(self, record: SampleRecord, timestep: int) -> Batch:
