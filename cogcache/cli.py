@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from cogcache.bench.commands import bench_app
 from cogcache.errors import CogcacheError
 from cogcache.planner.commands import plan_command
+from cogcache.stopping import STOPPED, tell_of_sigterm
 from cogcache.wording import counted
 
 if TYPE_CHECKING:
@@ -393,6 +394,7 @@ def _needed(record: logging.LogRecord) -> bool:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit the process with its code."""
+    tell_of_sigterm()
     sys.exit(run(args))
 
 
@@ -411,7 +413,7 @@ def run(args: list[str] | None = None) -> int:
     except Exception as error:
         return _outside(error)
     if result == _CTRL_C:  # typer turns Ctrl-C inside a command into this result
-        typer.secho("Stopped. What is finished stays; the same command goes on from there.", err=True)
+        typer.secho(STOPPED, err=True)
     return result if isinstance(result, int) else 0
 
 

@@ -43,6 +43,7 @@ def test_load_writes_every_row_with_its_share_of_raw(tmp_path: Path) -> None:
         assert row["mb_per_s"] / row["samples_per_s"] == pytest.approx(sample_mb, rel=1e-3)
         assert row["way"] != "raw" or row["share_of_raw"] == 1
     assert [wait["workers"] for wait in found["waiting"]["webdataset"]] == [1, 2]
+    assert "Waiting for data: 4/4" in done.stderr
     assert found["facts"]["cores"] >= 1
     assert found["facts"]["versions"]["torch"]
 

@@ -33,7 +33,13 @@ def _load(
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Each figure is the fastest of so many.", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="Steps of the waiting test, 10 a second.", min=2)] = 200,
+    steps: Annotated[
+        int,
+        typer.Option(
+            help="Steps of the waiting test, 10 a second; one test for each cache and number of threads.",
+            min=2,
+        ),
+    ] = 200,
     cold: Annotated[bool, typer.Option(help="Measure reads from the disk, too.")] = True,
     json_out: Annotated[
         Path | None,

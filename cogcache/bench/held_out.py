@@ -19,7 +19,7 @@ def stock_transformer(model: Path, lora: Path | None = None, scale: float = 1.0)
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(
-        model, vae=None, text_encoder=None, tokenizer=None, dtype=torch.float32
+        model, vae=None, text_encoder=None, tokenizer=None, dtype=torch.float32, use_safetensors=True
     )
     if lora is not None:
         pipe.load_lora_weights(lora, adapter_name="lora")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from cogcache.cache.reader import CacheReader
 from cogcache.cache.remote.storage import RemoteOptions
 from cogcache.errors import ConfigError
 from cogcache.geometry import parse_bucket
-from cogcache.progress import console
+from cogcache.progress import Progress, console
 from cogcache.tiny import Family
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def bench_load(
         caches["server, kept"] = CacheReader(url, RemoteOptions(folder=work / "kept"))
     files = write_files(caches["webdataset"], work / f"{family}-{clips}-files")
     readings = measure_reads(caches, files, threads, repeats=repeats, cold=cold)
-    waits = {name: [measure_wait(cache, count, steps) for count in threads] for name, cache in caches.items()}
+    waits = _waits(caches, threads, steps)
     facts = machine_facts()
     _tell(readings, waits, facts)
     result = {
@@ -69,6 +69,16 @@ def bench_load(
         "waiting": {name: [asdict(wait) for wait in found] for name, found in waits.items()},
     }
     write_figures(json_out, facts, result)
+
+
+def _waits(caches: Mapping[str, CacheReader], threads: Sequence[int], steps: int) -> dict[str, list[Waiting]]:
+    found: dict[str, list[Waiting]] = {name: [] for name in caches}
+    with Progress("Waiting for data", len(caches) * len(threads), "runs") as progress:
+        for name, cache in caches.items():
+            for count in threads:
+                found[name].append(measure_wait(cache, count, steps))
+                progress.advance()
+    return found
 
 
 def bench_train(

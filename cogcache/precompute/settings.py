@@ -182,6 +182,10 @@ def decide(config: EncodeConfig, items: Sequence[ClipItem] = ()) -> EncodeSettin
     if config.remake_images and variant.task != "i2v":
         raise ConfigError("this model is text-to-video: there are no image conditions to remake.")
     shards = shards_folder(config)
+    if config.image_draws != EncodeConfig.model_fields["image_draws"].default and variant.task != "i2v":
+        say(
+            f"Note: --image-draws is for image-to-video models; {config.model} makes videos of text: ignored."
+        )
     fps = _fps(config.fps, variant)
     buckets = _buckets(config, variant, shards, items, fps)
     device = pick_device(config.device)

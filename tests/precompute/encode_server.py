@@ -38,7 +38,9 @@ def child(config: dict[str, Any], log: str, file_limit: int | None) -> None:
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in config.items()]
-        code = cli.run(["encode", *flags])
+        cli.main(["encode", *flags])
+    except SystemExit as done:
+        code = int(done.code or 0)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

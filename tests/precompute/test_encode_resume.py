@@ -23,6 +23,7 @@ from cogcache.precompute import encode_all
 from cogcache.precompute.lane import Running
 from cogcache.precompute.stages import Tally
 from cogcache.precompute.text import FrozenText
+from cogcache.stopping import STOPPED
 
 KILLS = 20
 
@@ -189,15 +190,24 @@ def test_full_disk_loses_nothing(
     assert content(config.shards) == content(tmp_path / "reference")
 
 
-def test_ctrl_c_says_how_to_go_on(
-    small_shards: Callable[..., EncodeConfig], encode_server: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_a_signal_says_how_to_go_on(
+    number: int,
+    expected: int,
+    small_shards: Callable[..., EncodeConfig],
+    encode_server: Any,
+    tmp_path: Path,
 ) -> None:
     encode_server.run(small_shards(tmp_path / "reference"))
     config = small_shards(tmp_path / "shards")
-    (code,), said, _ = encode_server.run(config, after_s=0, after_lines=2, signal_number=signal.SIGINT)
-    assert code == 130
+    (code,), said, _ = encode_server.run(config, after_s=0, after_lines=2, signal_number=number)
+    assert code == expected  # SIGTERM ends the process itself, which a shell reports as 143
     assert "Traceback" not in said
-    assert "same command" in said
+    assert said.count(STOPPED) == 1
     (code,), said, _ = encode_server.run(config)
     assert code == 3, said
     assert content(config.shards) == content(tmp_path / "reference")

@@ -352,13 +352,20 @@ def test_pictures_of_any_kind(tmp_path: Path) -> None:
         load_picture(tmp_path / "bad.ppm", Size(16, 16))
 
 
-def test_text_to_video_has_no_bank(settings: Settings, clips: Path) -> None:
+def test_text_to_video_has_no_bank(
+    settings: Settings, clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = encode_all(settings("5b", data_root=clips))
     assert result.images == 0
     assert not (result.shards / IMAGES).exists()
     assert result.manifest is not None
     assert set(result.manifest.series) == {LATENTS, "text"}
     assert all(row.images == () for row in CacheReader(result.shards).samples)
+    assert "--image-draws" not in capsys.readouterr().err
+    settings_module.decide(settings("5b", data_root=clips, image_draws=3))
+    assert "Note: --image-draws is for image-to-video models" in capsys.readouterr().err
+    settings_module.decide(settings("5b-i2v", data_root=clips, image_draws=3, frames=17, size="64x96"))
+    assert "--image-draws" not in capsys.readouterr().err
     with pytest.raises(ConfigError, match="no image conditions to remake"):
         encode_all(settings("5b", data_root=clips, remake_images=True))
 
