@@ -6,6 +6,7 @@ work uses one while the next block's weights arrive in the other.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -14,11 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CopyStreams", "StreamedWeights", "host_memory", "move_without"]
+__all__ = ["CopyStreams", "StreamedWeights", "host_memory", "lock_pages_in_threads", "move_without"]
 
+_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+_IN_THREADS = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 _ALIGN = 256
 _SLOTS = 2
 _THREADS = 4
+
+
+def lock_pages_in_threads() -> None:
+    """Let torch fill page-locked memory in eight threads: 4 GiB in 0.5 s instead of 1.5 s on an H200's host.
+
+    To be called before anything is put on a GPU. A user's own settings of torch's allocator stay as they are.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = _IN_THREADS
 
 
 def host_memory(size: int, device: torch.device) -> Tensor:

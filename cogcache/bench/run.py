@@ -105,7 +105,9 @@ def bench_train(
 
     from cogcache.bench.recipes import DEFAULT_RECIPES, RECIPES
     from cogcache.bench.train import FailedRow, RowSettings, rows
+    from cogcache.streamed import lock_pages_in_threads
 
+    lock_pages_in_threads()
     names = [name.strip() for name in recipes.split(",")] if recipes else DEFAULT_RECIPES
     unknown = [name for name in names if name not in RECIPES]
     if unknown:

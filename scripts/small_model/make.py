@@ -176,7 +176,8 @@ def make_shards(work: Path, kind: Kind) -> None:
     size = ["--frames", FRAMES, "--size", f"{HEIGHT}x{WIDTH}", "--fps", 8]
     draws = ["--image-draws", 4] if small_facts(kind).image_to_video else []
     words = ["encode", "--data-root", work / "clips" / "train", "--model", work / "start" / kind, *size, *draws,
-             "--shards", work / "shards" / kind, "--vae-dtype", "float32", "--text-dtype", "float32", "--shard-size", 8]  # fmt: skip
+             "--shards", work / "shards" / kind, "--shard-size", 8,
+             "--vae-dtype", "float32", "--text-dtype", "float32"]  # fmt: skip
     with ThreadPoolExecutor(ENCODERS) as pool:
         list(pool.map(lambda _: command(*words), range(ENCODERS)))
 
