@@ -45,10 +45,12 @@ MEASURED: list[tuple[Family, str, str, int, float, float]] = [
     ("5b", HD, "small", 1, 2.286, 4.72),
     ("5b", HD, "tiny", 1, 2.323, 3.73),
     ("5b", HD, "small", 2, 4.589, 7.01),
+    ("5b", HD, "small", 4, 9.214, 11.09),
     ("2b", HD, "reference", 1, 1.405, 11.24),
     ("2b", HD, "fast", 1, 0.784, 30.4),
     ("2b", HD, "small", 1, 0.855, 2.74),
-    ("1.5-5b", LARGE, "reference", 1, 16.10, 41.31),
+    ("1.5-5b", LARGE, "reference", 1, 16.27, 41.31),
+    ("1.5-5b", LARGE, "small", 1, 11.17, 7.97),
     ("1.5-5b-i2v", LARGE, "plain", 1, 15.94, 30.15),  # benchmarks/records/2026-11-22-h200.md
 ]
 
