@@ -68,7 +68,12 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("server", "kind"), [*(("s3", kind) for kind in BACKENDS), ("gs", "webdataset"), ("hf", "webdataset")]
+    ("server", "kind"),
+    [
+        *(("s3", kind) for kind in BACKENDS),
+        ("gs", "webdataset"),
+        pytest.param("hf", "webdataset", marks=pytest.mark.slow),
+    ],
 )
 def test_encoding_to_a_url_equals_encoding_to_a_folder(
     server: str,
