@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ssl
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from addresses import google, hugging_face
 from hub import WRITER
-from huggingface_hub import constants
 from making_caches import SMALL, write_cache
 from servers import (
     KEY,
@@ -94,14 +92,6 @@ def gs(gs_service: tuple[Server, Path], tmp_path: Path, monkeypatch: pytest.Monk
     return Bucket(server, root / name, f"gs://{name}")
 
 
-def google(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    """Let gs:// lead to ``address``, without credentials of this machine, nor a search for them in the network."""
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
-    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
-    monkeypatch.setenv("CLOUDSDK_CONFIG", "/nonexistent")
-    monkeypatch.setenv("NO_GCE_CHECK", "true")
-
-
 @pytest.fixture
 def hf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """A data set on a hub of its own, and a token to write to it."""
@@ -114,19 +104,6 @@ def hf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     yield Place(server, folder, "hf://datasets/user/repo")
     huggingface_hub.close_session()
     server.kill()
-
-
-def hugging_face(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    """As ``HF_ENDPOINT`` and ``HF_HUB_DISABLE_XET`` do, which the library reads when it is imported."""
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    pauses = SimpleNamespace(
-        sleep=lambda seconds: time.sleep(seconds / 50)
-    )  # it repeats some requests by itself
-    monkeypatch.setattr("huggingface_hub.utils._http.time", pauses)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    values = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True}
-    for name, value in {**values, "HF_HUB_OFFLINE": False}.items():
-        monkeypatch.setattr(constants, name, value)
 
 
 @pytest.fixture

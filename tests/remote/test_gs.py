@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import google
+from addresses import google
 from servers import Bucket, refusing
 
 from cogcache.cache.reader import CacheReader

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import google, hugging_face
+from addresses import google, hugging_face
 from servers import Place, self_signed
 
 from cogcache.cache.reader import CacheReader
