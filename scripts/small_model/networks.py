@@ -32,13 +32,19 @@ def to_pixels(clips_bfhwc: Tensor) -> Tensor:
 
 
 def train_vae(
-    vae: Any, kinds: Sequence[Tensor], device: torch.device, *, steps: int, batch: int, crop: tuple[int, int]
+    vae: Any,
+    kinds: Sequence[Tensor],
+    device: torch.device,
+    *,
+    steps: int,
+    batch: int,
+    crop: tuple[int, int, int],
 ) -> None:
     """Reconstruction (L1, and L1 of neighbours' differences, which keeps edges sharp) and a small KL term.
 
     Args:
         kinds: uint8 [N, F, H, W, 3], all training clips, by kind: each kind is drawn from equally often.
-        crop: Height and width of the random crops that are trained on.
+        crop: Frames, height and width of the random crops that are trained on.
     """
     vae.requires_grad_(True).train().to(device)
     kinds = [clips.to(device) for clips in kinds if len(clips)]
@@ -59,14 +65,13 @@ def train_vae(
     vae.requires_grad_(False).eval()
 
 
-def _crops(kinds: Sequence[Tensor], batch: int, crop: tuple[int, int]) -> Tensor:
-    height, width = crop
+def _crops(kinds: Sequence[Tensor], batch: int, crop: tuple[int, int, int]) -> Tensor:
     rows = []
     for number in range(batch):
         clips = kinds[number % len(kinds)]
-        most = (len(clips) - 1, clips.shape[2] - height, clips.shape[3] - width)
-        chosen, down, right = (int(torch.randint(limit + 1, ())) for limit in most)
-        piece = clips[chosen, :, down : down + height, right : right + width]
+        most = [len(clips) - 1] + [size - wanted for size, wanted in zip(clips.shape[1:4], crop, strict=True)]
+        chosen, first, down, right = (int(torch.randint(limit + 1, ())) for limit in most)
+        piece = clips[chosen, first : first + crop[0], down : down + crop[1], right : right + crop[2]]
         rows.append(piece.flip(2) if torch.rand(()) < 0.5 else piece)
     return torch.stack(rows)
 
