@@ -137,7 +137,8 @@ class TrainConfig(CommandConfig):
     )
     compile: bool | None = setting(
         None,
-        "Compile the blocks: faster steps after a minute's wait at the first. Default: the tier's, which is yes.",
+        "Compile the blocks: faster steps after a minute's wait at the first. Default: the tier's, which is yes; with "
+        "plain, no.",
         panel=_MEMORY,
     )
     dtype: DtypeChoice = setting(

@@ -75,6 +75,7 @@ class Trainer:
         tuning: What is trained and how it is written.
         validator: Measures held-out clips and samples videos in between.
         measures: Memory measures that the blocks run under; None for diffusers' own blocks.
+        compiled: Whether blocks are compiled in their first step.
         ceiling: Operations a second that the device reaches in matrix products; None if that was not measured.
     """
 
@@ -92,6 +93,7 @@ class Trainer:
         tuning: Tuning,
         validator: Validator,
         measures: Measures | None = None,
+        compiled: bool = False,
         ceiling: float | None = None,
     ) -> None:
         self.config, self.accelerator, self.samples = config, accelerator, samples
@@ -100,7 +102,7 @@ class Trainer:
         self.device, self.process = accelerator.device, accelerator.process_index
         self.scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
         self.engine = open_engine(config, accelerator, transformer, trainable(transformer), dtype, measures)
-        self.measures, self.ceiling = measures, ceiling
+        self.measures, self.compiled, self.ceiling = measures, compiled, ceiling
         self._known_flops: dict[tuple[Bucket, int], int] = {}
         self.clock = StepClock(self.device)
         self.done = 0
@@ -295,14 +297,13 @@ class Trainer:
     def _open_report(self) -> NoReport:
         if not self.accelerator.is_main_process:
             return NoReport()
-        compiles = self.measures is not None and self.measures.compile
         return Report(
             self.config,
             self.output,
             self.samples,
             self.device,
             self.done,
-            compiles=compiles,
+            compiles=self.compiled,
             ceiling=self.ceiling,
         )
 

@@ -110,7 +110,7 @@ def train(config: TrainConfig, *, begun: float = 0.0) -> TrainResult:
     on_host |= (
         config.dora
     )  # whose first magnitudes are norms of the weights, and shall not depend on the device
-    if placement.measures is not None and placement.measures.compile:
+    if placement.compiled:
         keep_compilations()
     with startup.part("weights"):
         transformer = load_transformer(root, tuning.held_in, None if on_host else accelerator.device)
@@ -144,6 +144,7 @@ def train(config: TrainConfig, *, begun: float = 0.0) -> TrainResult:
         tuning=tuning,
         validator=validator,
         measures=measures,
+        compiled=placement.compiled,
         ceiling=ceiling,
     )
     if checkpoint:

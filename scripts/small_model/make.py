@@ -32,6 +32,7 @@ from cogcache.small.architecture import FRAMES, HEIGHT, KINDS, WIDTH, Kind, smal
 from cogcache.tiny.tokenizer import write_tokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+COMPILE = ["--compile"] if torch.cuda.is_available() else []
 ENCODERS = min(8, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 1
 FULL = {
     "clips": 2600, "held_out": 40, "text": 1000,
@@ -198,7 +199,7 @@ def train(work: Path, kind: Kind, plan: dict[str, int]) -> None:
             "--lr", "1e-3" if kind != "i2v" else "5e-4", "--lr-scheduler", "cosine",
             "--warmup-steps", max(1, plan[kind] // 50), "--caption-dropout", "0.1", "--checkpoint-every", "1000",
             "--keep-checkpoints", "1", "--log-every", max(1, plan[kind] // 100),
-            "--no-gradient-checkpointing", "--workers", min(8, os.cpu_count() or 1),
+            "--no-gradient-checkpointing", *COMPILE, "--workers", min(8, os.cpu_count() or 1),
             "--dtype", "bfloat16" if DEVICE.type == "cuda" else "float32")  # fmt: skip
 
 

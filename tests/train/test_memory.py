@@ -25,6 +25,7 @@ from cogcache.train import train
 from cogcache.train.memory.blocks import BlockRunner, install
 from cogcache.train.memory.host import CopyStreams, HostPool
 from cogcache.train.memory.measures import TIERS, Measures
+from cogcache.train.memory.stock import compile_blocks
 from cogcache.train.model import add_lora, load_scheduler, load_transformer, trainable
 from cogcache.train.objective import loss_per_sample, padded_frames
 from cogcache.variants import read_variant
@@ -51,6 +52,10 @@ EVERYWHERE = [
     "norm2.linear",
     "time_embedding.linear_1",
 ]
+
+
+COMPILING = pytest.mark.filterwarnings("ignore")
+"""torch's compiler warns of what torch itself does; as errors these would end it."""
 
 
 def with_lora(root: Path, targets: list[str]) -> Any:
@@ -156,6 +161,7 @@ def test_a_run_goes_on_under_another_tier(settings: Settings, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@COMPILING
 def test_compiled_blocks_differ_by_rounding_only(tiny_models: Models) -> None:
     root = tiny_models("5b")
     _, expected = gradients(with_lora(root, ATTENTION), root, 2)
@@ -165,6 +171,49 @@ def test_compiled_blocks_differ_by_rounding_only(tiny_models: Models) -> None:
         _, found = gradients(transformer, root, 2)
         for name, grad in found.items():
             torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_stock_blocks_run_compiled_in_training_alone(
+    tiny_models: Models, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """What is compiled is each block's own forward, once a pass; the compiler here only looks on."""
+    root = tiny_models("5b")
+    plain, transformer = (with_lora(root, ATTENTION) for _ in range(2))
+    for model in (plain, transformer):
+        model.train()
+        model.enable_gradient_checkpointing() if checkpointing else None
+    _, expected = gradients(plain, root, 2)
+    runs = []
+
+    def compiler(forward: Any, *, dynamic: bool) -> Any:
+        assert dynamic is False
+        return lambda *inputs, **named: (runs.append(forward), forward(*inputs, **named))[1]
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    compile_blocks(transformer)
+    _, found = gradients(transformer, root, 2)
+    assert all(torch.equal(grad, expected[name]) for name, grad in found.items())
+    blocks = len(transformer.transformer_blocks)
+    assert len(set(runs)) == blocks
+    assert len(runs) == 2 * blocks * (2 if checkpointing else 1)
+    with torch.no_grad():
+        list(losses(transformer, root, 1))
+    transformer.eval()
+    list(losses(transformer, root, 1))
+    assert len(runs) == 2 * blocks * (2 if checkpointing else 1)
+
+
+@pytest.mark.slow
+@COMPILING
+def test_stock_blocks_really_compiled_differ_by_rounding_only(tiny_models: Models) -> None:
+    root = tiny_models("5b")
+    plain, transformer = (with_lora(root, ATTENTION) for _ in range(2))
+    _, expected = gradients(plain.train(), root, 2)
+    compile_blocks(transformer.train())
+    _, found = gradients(transformer, root, 2)
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5)
 
 
 def test_without_gradient_the_model_is_the_same(tiny_models: Models) -> None:
@@ -219,7 +268,7 @@ def test_the_pool_reuses_buffers_and_keeps_odd_layouts() -> None:
     ("changes", "message"),
     [
         ({"memory": "small", "lora_dropout": 0.1}, "--lora-dropout"),
-        ({"memory": "plain", "compile": True}, "--compile"),
+        ({"memory": "plain", "base_weights": "host"}, "--base-weights"),
         ({"memory": "auto", "keep_inputs": "host"}, "--keep-inputs"),
     ],
 )

@@ -31,7 +31,7 @@ def uses_stock_blocks(config: TrainConfig, device: torch.device, *, deepspeed: b
     if config.memory not in ("auto", "plain") and why:
         raise ConfigError(f"--memory {config.memory} does not work with {why}.", "Use --memory plain.")
     plain = config.memory == "plain" or (config.memory == "auto" and bool(why or device.type == "cpu"))
-    given = [name for name in _FLAGS if getattr(config, name) is not None]
+    given = [name for name in _TIERS_ALONE if getattr(config, name) is not None]
     if plain and given:
         flag = given[0].replace("_", "-")
         raise ConfigError(
@@ -41,7 +41,7 @@ def uses_stock_blocks(config: TrainConfig, device: torch.device, *, deepspeed: b
     return plain
 
 
-_FLAGS = ("keep_attention", "keep_inputs", "base_weights", "optimizer_state", "compile")
+_TIERS_ALONE = ("keep_attention", "keep_inputs", "base_weights", "optimizer_state")
 
 
 def _unknown(config: TrainConfig, deepspeed: bool) -> str:

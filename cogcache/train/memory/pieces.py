@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Pieces", "Rotary", "can_skip_last", "pieces", "rotation"]
+__all__ = ["Pieces", "Rotary", "allow_recompilations", "can_skip_last", "pieces", "rotation"]
 
 Rotary: TypeAlias = tuple[Tensor, Tensor] | None
 _RECOMPILE_LIMIT = 64
@@ -32,11 +32,15 @@ def pieces(*, compiled: bool) -> Pieces:
     """The parts of a block. Compiled once for all blocks of one shape, with and without a gradient."""
     if not compiled:
         return Pieces(before, after, middle, skip_last)
+    allow_recompilations()
+    return Pieces(*(torch.compile(piece, dynamic=False) for piece in (before, after, middle, skip_last)))
+
+
+def allow_recompilations() -> None:
+    """Each bucket, with and without a gradient, is a compilation of its own."""
     import torch._dynamo
 
-    # Each bucket, with and without a gradient, is a compilation of its own.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
-    return Pieces(*(torch.compile(piece, dynamic=False) for piece in (before, after, middle, skip_last)))
 
 
 def before(

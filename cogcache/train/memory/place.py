@@ -19,6 +19,7 @@ from cogcache.train.memory.estimate import Need
 from cogcache.train.memory.forecast import Forecast, Job, host_parts, shortfall, unloaded_transformer
 from cogcache.train.memory.gpus import find_card, measured_rates
 from cogcache.train.memory.measures import Measures
+from cogcache.train.memory.stock import compile_blocks
 from cogcache.variants import read_config
 
 if TYPE_CHECKING:
@@ -35,11 +36,13 @@ class Placement:
         measures: None where they stay diffusers' own.
         forecast: What a step should take; None where there is no GPU.
         kept_bytes: Size of the largest tensor that is kept from the forward to the backward pass.
+        compiled: Whether blocks are compiled.
     """
 
     measures: Measures | None
     forecast: Forecast | None = None
     kept_bytes: int = 0
+    compiled: bool = False
 
 
 def plan_blocks(
@@ -62,7 +65,8 @@ def plan_blocks(
     stock = uses_stock_blocks(config, device, deepspeed=deepspeed)
     tiers: list[tuple[str, Measures | None]] = [("plain", None)] if stock else [*candidates(config)]
     if device.type != "cuda" or deepspeed:
-        return Placement(tiers[0][1])
+        measures = tiers[0][1]
+        return Placement(measures, compiled=_compiled(measures, config))
     transformer = unloaded_transformer(read_config(root, "transformer/config.json"), config, dtype)
     clips = Counter(record.bucket for record in samples.records)
     job = Job(transformer, samples.variant, clips, config, dtype, accelerator.num_processes)
@@ -72,7 +76,11 @@ def plan_blocks(
     forecast = choose([job.forecast(tier, measures, rates) for tier, measures in tiers], free)
     if accelerator.is_main_process:
         _tell(forecast, free)
-    return Placement(forecast.measures, forecast, job.unit)
+    return Placement(forecast.measures, forecast, job.unit, _compiled(forecast.measures, config))
+
+
+def _compiled(measures: Measures | None, config: TrainConfig) -> bool:
+    return bool(config.compile) if measures is None else measures.compile
 
 
 def _free(accelerator: Accelerator) -> Need:
@@ -112,5 +120,7 @@ def place_blocks(
         return placement.measures
     if config.gradient_checkpointing is not False:
         transformer.enable_gradient_checkpointing()  # the non-reentrant kind
+    if placement.compiled:
+        compile_blocks(transformer)
     transformer.to(device)
     return None
