@@ -112,7 +112,8 @@ def make_shared(out: Path, clips: Path, plan: dict[str, int]) -> None:
         ("vae", FRAMES),
     ):  # pictures first: seventeen times as many in the time
         size = (frames, 64, 96)
-        train_vae(vae, [scenes, film], DEVICE, steps=plan[part], batch=plan[f"{part}_batch"], crop=size)
+        kinds = [scenes, film, film, film]  # film is far harder to draw
+        train_vae(vae, kinds, DEVICE, steps=plan[part], batch=plan[f"{part}_batch"], crop=size)
     some = torch.cat([kind[:: max(1, len(kind) // 32)] for kind in (scenes, film) if len(kind)])
     reached: dict[str, Any] = {"spread_of_latents": calibrate(vae, some, DEVICE, facts.scaling_factor)}
     for name in ("held_out", "held_out_film"):
