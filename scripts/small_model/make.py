@@ -37,7 +37,7 @@ ENCODERS = min(8, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 
 FULL = {
     "clips": 2600, "held_out": 40, "text": 1000,
     "pictures": 6000, "pictures_batch": 64, "vae": 4000, "vae_batch": 8,
-    "t2v": 6000, "i2v": 3500, "t2v-1.5": 6000, "batch": 64,
+    "t2v": 10000, "i2v": 4000, "t2v-1.5": 10000, "batch": 64,
 }  # fmt: skip
 QUICK = {
     "clips": 24, "held_out": 4, "text": 3,
@@ -107,13 +107,10 @@ def make_shared(out: Path, clips: Path, plan: dict[str, int]) -> None:
     facts = small_facts("t2v")
     scenes, film = (read(clips / "train", pattern) for pattern in ("[0-9]*.mp4", "footage-*.mp4"))
     vae = AutoencoderKLCogVideoX(**facts.vae())
-    for part, frames in (
-        ("pictures", 1),
-        ("vae", FRAMES),
-    ):  # pictures first: seventeen times as many in the time
+    kinds = [scenes, film, film, film]  # film is far harder to draw
+    for phase, frames in (("pictures", 1), ("vae", FRAMES)):  # of pictures, 17 times as many in the time
         size = (frames, 64, 96)
-        kinds = [scenes, film, film, film]  # film is far harder to draw
-        train_vae(vae, kinds, DEVICE, steps=plan[part], batch=plan[f"{part}_batch"], crop=size)
+        train_vae(vae, kinds, DEVICE, steps=plan[phase], batch=plan[f"{phase}_batch"], crop=size)
     some = torch.cat([kind[:: max(1, len(kind) // 32)] for kind in (scenes, film) if len(kind)])
     reached: dict[str, Any] = {"spread_of_latents": calibrate(vae, some, DEVICE, facts.scaling_factor)}
     for name in ("held_out", "held_out_film"):
