@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from cogcache.bench.commands import bench_app
 from cogcache.errors import CogcacheError
 from cogcache.planner.commands import plan_command
-from cogcache.stopping import STOPPED, tell_of_sigterm
+from cogcache.stopping import STOPPED, telling_of_sigterm
 from cogcache.wording import counted
 
 if TYPE_CHECKING:
@@ -394,8 +394,9 @@ def _needed(record: logging.LogRecord) -> bool:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit the process with its code."""
-    tell_of_sigterm()
-    sys.exit(run(args))
+    with telling_of_sigterm():
+        code = run(args)
+    sys.exit(code)
 
 
 def run(args: list[str] | None = None) -> int:

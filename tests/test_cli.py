@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,7 @@ def test_main_exits(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as raised:
         cli.main([])
     assert raised.value.code == 3
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_tiny_model_refuses_a_folder_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
