@@ -109,7 +109,7 @@ def pictures(page: str) -> list[Image.Image]:
 def test_which_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     monkeypatch.setattr(recipes, "WEIGHTS", tmp_path)
-    assert choose_recipe(None, None, None) == Recipe("5b", "t2v", 120)
+    assert choose_recipe(None, None, None) == Recipe("5b", "t2v", 150)
     assert choose_recipe(None, "i2v", 7) == Recipe("5b-i2v", "i2v", 7)
     assert choose_recipe("1.5-5b", None, None).kind == "t2v-1.5"
     assert choose_recipe("1.5-5b", "i2v", None) == Recipe("1.5-5b-i2v", None, 60)
