@@ -45,7 +45,7 @@ def small_model(kind: Kind, out: Path, *, weights: Path = WEIGHTS) -> Path:
     if missing:
         raise ModelError(
             f"{weights} has no {', '.join(missing)}: this installation came without the small model's weights.",
-            "Install cogcache again from its repository, or make them by scripts/small_model/make.py and ship.py.",
+            "Install a version of cogcache that has them, or make them by scripts/small_model/make.py and ship.py.",
         )
     with whole_folder(out) as folder:
         for source, name in parts:

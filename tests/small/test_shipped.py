@@ -36,7 +36,15 @@ def test_weights_are_stored_once(work: Path, weights: Path) -> None:
     own = [f"{kind}/transformer/diffusion_pytorch_model.safetensors" for kind in KINDS]
     assert sorted(found) == sorted(once + own)
     assert sum(path.stat().st_size for path in weights.rglob("*") if path.is_file()) < 25e6
-    assert str(work.parent) not in "".join(path.read_text() for path in weights.rglob("*.json"))
+
+
+def test_configs_do_not_tell_where_a_model_lay(work: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(work, tmp_path / "work"))
+    for kind in KINDS:
+        config = other / "models" / kind / "vae" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "_name_or_path": str(other)}))
+    recipe("ship").ship(other, tmp_path / "weights")
+    assert str(other) not in "".join(path.read_text() for path in (tmp_path / "weights").rglob("*.json"))
 
 
 def test_shipping_again_replaces_all_but_the_card(work: Path, weights: Path, tmp_path: Path) -> None:
