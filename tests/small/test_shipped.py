@@ -30,7 +30,7 @@ def weights(work: Path) -> Path:
     return out
 
 
-def test_weights_are_stored_once(work: Path, weights: Path) -> None:
+def test_weights_are_stored_once(weights: Path) -> None:
     found = [path.relative_to(weights).as_posix() for path in weights.rglob("*.safetensors")]
     once = ["text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
     own = [f"{kind}/transformer/diffusion_pytorch_model.safetensors" for kind in KINDS]
