@@ -137,7 +137,7 @@ class Plan:
         if self.models is not None:
             return self.models / kind
         out = self.work / "models" / kind
-        return out if out.exists() else small_model(kind, out)  # type: ignore[arg-type]
+        return out if out.exists() else small_model(kind, out)
 
 
 def shards(plan: Plan, name: str) -> Path:

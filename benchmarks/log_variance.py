@@ -169,7 +169,7 @@ def main(
 
     from cogcache.tiny import build_tiny_model
 
-    model: Path = build_tiny_model(work / "model", family)  # type: ignore[arg-type]
+    model: Path = build_tiny_model(work / "model", family)
     typer.echo(f"torch {torch.__version__}, Python {platform.python_version()}, {family}, {frames}x{size}")
     reader = encode(model, work / "shards", frames, size)
     transformer, scheduler, variant = loaded(model)

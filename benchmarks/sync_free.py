@@ -79,7 +79,7 @@ def settings(work: Path, family: Family, name: str, **more: Any) -> TrainConfig:
 def prepare(work: Path) -> None:
     for family in ("5b", "2b"):
         dtype = "float16" if family == "2b" else "bfloat16"
-        model = build_tiny_model(work / family, family, dtype=dtype)  # type: ignore[arg-type]
+        model = build_tiny_model(work / family, family, dtype=dtype)
         root = random_cache(work / f"shards-{family}", "5b", CLIPS, read_variant(model))
         assert root.is_dir()
 

@@ -117,7 +117,7 @@ def test_which_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "random" in choose_recipe("2b", None, None).remark
     for family, task in (("2b", "i2v"), ("5b-i2v", "t2v")):
         with pytest.raises(ConfigError, match=f"no {task} model of family {family}"):
-            choose_recipe(family, task, None)  # type: ignore[arg-type]
+            choose_recipe(family, task, None)
     monkeypatch.setattr(recipes, "WEIGHTS", tmp_path / "none")
     assert choose_recipe(None, None, None) == Recipe("5b", None, 60)
 

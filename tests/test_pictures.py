@@ -23,7 +23,7 @@ def noise(height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("target", [Size(48, 80), Size(160, 272), Size(96, 96), Size(400, 720)])
 def test_uint8_resampling_is_as_good_as_float(mode: str, target: Size) -> None:
     frame = noise(240, 432)
-    got = fit_frame(frame, plan_fit(Size(240, 432), target, "stretch"), mode)  # type: ignore[arg-type]
+    got = fit_frame(frame, plan_fit(Size(240, 432), target, "stretch"), mode)
     exact = F.interpolate(
         frame.permute(2, 0, 1)[None].float(), size=(target.height, target.width), mode=mode, antialias=True
     )

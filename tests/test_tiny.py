@@ -182,7 +182,7 @@ def test_an_empty_folder_is_used_and_a_full_one_refused(tmp_path: Path) -> None:
 def test_wrong_family_dtype_or_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="2b, 5b"):
-        build_tiny_model(tmp_path / "x", "7b")  # type: ignore[arg-type]
+        build_tiny_model(tmp_path / "x", "7b")
     with pytest.raises(ConfigError):
         build_tiny_model(tmp_path / "x", "2b", dtype="int8")
     with pytest.raises(StorageError, match="cannot be written"):

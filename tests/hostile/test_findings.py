@@ -177,7 +177,7 @@ def test_configs_of_a_model(
 ) -> None:
     root = Path(shutil.copytree(tiny_models("5b"), tmp_path / "model"))
     whole = json.loads((root / name).read_text())
-    (root / name).write_text(text if isinstance(text, str) else json.dumps(whole | dict(text)))  # type: ignore[call-overload]
+    (root / name).write_text(text if isinstance(text, str) else json.dumps(whole | dict(text)))
     with pytest.raises(ModelError):
         read_variant(root)
 
@@ -261,7 +261,7 @@ def test_a_list_that_leads_to_a_video_is_no_video(text: str, reader: str, tmp_pa
     for name in (video.name, str(video)):
         path.write_text(text.format(name))
         with pytest.raises(VideoError, match="not a video"):
-            load_clip(path, ClipRequest(9, Size(32, 48), reader=reader))  # type: ignore[arg-type]
+            load_clip(path, ClipRequest(9, Size(32, 48), reader=reader))
 
 
 def test_a_size_beyond_all_floats() -> None:

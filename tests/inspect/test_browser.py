@@ -132,7 +132,7 @@ def test_light_and_dark(browser: Browser, page: Path) -> None:
 
 
 def test_ten_thousand_clips_cost_a_screenful(browser: Browser, page: Path, tmp_path: Path) -> None:
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text("utf-8"), re.S)[1])  # type: ignore[index]
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text("utf-8"), re.S)[1])
     draw = random.Random(0)
     some = data["samples"]
     data["samples"] = [

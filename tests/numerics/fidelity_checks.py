@@ -168,7 +168,7 @@ def _shelf(variant: Variant, count: int) -> Samples:
         manifest=SimpleNamespace(unconditional="empty"),
         root="shelf",
     )
-    config = TrainConfig(shards="shelf", caption_dropout=0.4, image_dropout=0.4)  # type: ignore[arg-type]
+    config = TrainConfig(shards="shelf", caption_dropout=0.4, image_dropout=0.4)
     samples = Samples(reader, variant, config)
     assert samples.batch(Micro(0, (0,), 1)).noise_bpchw.shape[1] == padded_frames(3, variant.patch_size_t)
     assert samples.batch(Micro(0, (0,), 1)).noise_bpchw.device == CPU

@@ -79,7 +79,7 @@ def test_only_the_transformers_input_is_rounded(tiny_models: Models, dtype: torc
         return (torch.zeros_like(given["hidden_states"]),)
 
     losses = loss_per_sample(
-        transformer,  # type: ignore[arg-type]
+        transformer,
         scheduler,
         latents,
         torch.zeros(2, 226, 32),

@@ -76,7 +76,7 @@ def test_neither_order_nor_losers_matter(
 ) -> None:
     chosen = place(shape, among, placing)
     shuffled = list(among)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     assert place(shape, shuffled + shuffled[:1], placing) == chosen
     for loser in set(among) - {chosen}:
         assert place(shape, [b for b in among if b != loser], placing) == chosen
@@ -152,7 +152,7 @@ def test_auto_suits_the_clips_and_the_model(clips: list[ClipShape], placing: Pla
         assert bucket.frames in (9, 25, 49)
         assert bucket.size.height * bucket.size.width == pytest.approx(480 * 720, rel=0.05)
     shuffled = list(clips)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     assert choose_buckets(shuffled, VARIANT, placing) == chosen
     placed = [place(clip, chosen, placing) for clip in clips]
     for clip, bucket in zip(clips, placed, strict=True):

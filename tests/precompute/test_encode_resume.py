@@ -131,7 +131,7 @@ def _claim_and_wait(config: EncodeConfig, claimed: Connection) -> None:
         claimed.send(f"{self.series} {entry.key}")
         signal.pause()
 
-    ShardJob.append = waiting  # type: ignore[method-assign]
+    ShardJob.append = waiting
     encode_all(config)
 
 

@@ -111,7 +111,7 @@ def test_embeddings_and_images_are_those_of_inference(
 
     config = image_settings(settings, few, lists)
     encode_all(config)
-    reader = CacheReader(config.shards)  # type: ignore[arg-type]
+    reader = CacheReader(config.shards)
     names = [row.image_name for row in reader.validation]
     assert names == ["pictures/1.png", "pictures/0.png", "pictures/1.png"]
     assert reader.validation[0].image == reader.validation[2].image
@@ -121,7 +121,7 @@ def test_embeddings_and_images_are_those_of_inference(
     for row in reader.validation:
         embeds = reader.read("text", row.text).tensors["prompt_embeds"]
         torch.testing.assert_close(embeds, text.encode([row.prompt])[0], rtol=1e-4, atol=1e-5)
-        entry = reader.read("images", row.image)  # type: ignore[arg-type]
+        entry = reader.read("images", row.image)
         assert (entry.facts["draw"], entry.facts["sigma"]) == (None, 0.0)
         picture = Image.open(lists / str(row.image_name)).resize((48, 32), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1

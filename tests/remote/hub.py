@@ -63,7 +63,7 @@ class Hub(BaseHTTPRequestHandler):
     def _guarded(self, answer: object) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
-            answer()  # type: ignore[operator]
+            answer()
         except Refused as refused:
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
             self._send(b"", refused.status, {k: v for k, v in headers.items() if v})
@@ -167,7 +167,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def _batch(self, asked: dict[str, object]) -> None:
         objects = []
-        for one in asked["objects"]:  # type: ignore[attr-defined]
+        for one in asked["objects"]:
             there = (self.root / "objects" / one["oid"]).exists()
             upload = {"upload": {"href": f"http://{self.headers['Host']}/objects/{one['oid']}"}}
             objects.append({**one, **({} if there else {"actions": upload})})

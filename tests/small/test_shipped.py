@@ -132,7 +132,7 @@ def test_complete_or_not_at_all(weights: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_wrong_kind_and_missing_weights(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"t2v, i2v, t2v-1\.5"):
-        small_model("5b", tmp_path / "x")  # type: ignore[arg-type]
+        small_model("5b", tmp_path / "x")
     lacking = Path(shutil.copytree(weights, tmp_path / "weights"))
     shutil.rmtree(lacking / "vae")
     with pytest.raises(ModelError, match="has no vae"):

@@ -160,6 +160,6 @@ def test_read_ahead_stops_when_closed_and_does_not_run_far_ahead() -> None:
     results = read_ahead(lambda n: loaded.append(n) or n, range(10**9), 2)
     assert next(results) == 0
     before = threading.active_count()
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert threading.active_count() < before
     assert len(loaded) <= 6

@@ -179,7 +179,7 @@ def test_stopped_and_lengthened_runs_end_like_whole_ones(
     monkeypatch.setattr(shards, "SHARD_BYTES", 300_000)
     half = all_weights(output=tmp_path / "half", steps=2, batch_size=2, checkpoint_every=2)
     train(half)
-    checkpoint = half.output / "checkpoint-000002"  # type: ignore[operator]
+    checkpoint = half.output / "checkpoint-000002"
     assert len(list(checkpoint.glob("optimizer-*-of-*.safetensors"))) > 1
     assert len(list((checkpoint / "transformer").glob("*-of-*.safetensors"))) > 1
     resumed = train(half.model_copy(update={"steps": 4, "resume": "latest", "gradient_checkpointing": True}))
@@ -211,7 +211,7 @@ def test_killed_runs_end_like_undisturbed_ones(
         assert codes in ([0], [-signal.SIGKILL]), train_server.log.read_text()
     codes, _ = train_server.run(config.model_copy(update={"output": output}))
     assert codes == [0], train_server.log.read_text()
-    assert contents(output / "transformer") == contents(config.output / "transformer")  # type: ignore[operator]
+    assert contents(output / "transformer") == contents(config.output / "transformer")
     assert metrics(output) == metrics(config.output)
 
 

@@ -88,7 +88,7 @@ def test_a_number_that_is_none_stops_all_updates_from_its_step_on(
     assert equal(states[2], states[3])
     assert equal(states[2], states[4])
     assert [line["step"] for line in metrics(config.output)] == [1, 2]
-    assert [path.name for path in config.output.glob("checkpoint-*")] == ["checkpoint-000002"]  # type: ignore[union-attr]
+    assert [path.name for path in config.output.glob("checkpoint-*")] == ["checkpoint-000002"]
 
 
 def test_a_step_is_read_while_the_next_one_runs(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_what_cannot_be_read_stops_after_the_steps_before_it(
     with pytest.raises(CacheError, match="damaged"):
         train(config)
     assert [line["step"] for line in metrics(config.output)] == [1, 2, 3]
-    assert (config.output / "checkpoint-000002").is_dir()  # type: ignore[operator]
+    assert (config.output / "checkpoint-000002").is_dir()
 
 
 def test_of_several_processes_all_stop_after_the_same_step(

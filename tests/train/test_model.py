@@ -96,7 +96,7 @@ def test_target_modules_that_match_nothing_are_named(tiny_models: Models, settin
 def test_float16_is_for_2b_alone(
     tmp_path: Path, family: Family, native: str, choice: str, expected: torch.dtype | None
 ) -> None:
-    root = build_tiny_model(tmp_path / "model", family, dtype=native)  # type: ignore[arg-type]
+    root = build_tiny_model(tmp_path / "model", family, dtype=native)
     variant = read_variant(root)
     if expected is None:
         with pytest.raises(ConfigError, match="can exceed what float16 holds"):

@@ -59,7 +59,7 @@ def test_killed_runs_end_like_undisturbed_ones(
         else:
             codes, _ = train_server.run(config.model_copy(update={"output": output}))
         assert codes == [0], train_server.log.read_text()
-        assert (output / LORA).read_bytes() == (config.output / LORA).read_bytes()  # type: ignore[operator]
+        assert (output / LORA).read_bytes() == (config.output / LORA).read_bytes()
         assert metrics(output) == metrics(config.output)
         shutil.rmtree(output)
 

@@ -83,7 +83,7 @@ def test_training_goes_on_and_the_checkpoint_is_that_of_its_step(
     train(config)
     assert gate.steps == [2, 4, 6]
     assert gate.most == 1
-    assert contents(config.output) == reference  # type: ignore[arg-type]
+    assert contents(config.output) == reference
 
 
 def test_one_waits_for_the_one_before(
@@ -95,7 +95,7 @@ def test_one_waits_for_the_one_before(
     config = settings(steps=5, checkpoint_every=1, keep_checkpoints=0)
     train(config)
     assert (gate.steps, gate.most) == ([1, 2, 3, 4, 5], 1)
-    assert contents(config.output) == contents(tmp_path / "whole")  # type: ignore[arg-type]
+    assert contents(config.output) == contents(tmp_path / "whole")
 
 
 def test_the_end_of_a_run_waits_for_the_last(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ def test_without_room_for_copies_training_waits(
     config = settings(steps=6, checkpoint_every=2, keep_checkpoints=0)
     train(config)
     assert done == [2, 4, 6]
-    assert contents(config.output) == reference  # type: ignore[arg-type]
+    assert contents(config.output) == reference
 
 
 def test_a_stop_writes_its_checkpoint_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_a_stop_writes_its_checkpoint_once(settings: Settings, monkeypatch: pyte
     with pytest.raises(StoppedError, match="after step 2"):
         train(config)
     assert gate.steps == [2]
-    assert (config.output / "checkpoint-000002").is_dir()  # type: ignore[operator]
+    assert (config.output / "checkpoint-000002").is_dir()
 
 
 def test_buffers_are_used_again() -> None:

@@ -145,7 +145,7 @@ def test_sample_videos_have_the_size_of_their_pictures(
     clips = [(9, Size(64, 96)), *[(17, Size(96, 64))] * 3]
     for family, size in (("1.5-5b-i2v", Size(64, 96)), ("1.5-5b", Size(96, 64))):
         reader = CacheReader(make_cache(family, clips, prompts=1))
-        variant = read_variant(tiny_models(family))  # type: ignore[arg-type]
+        variant = read_variant(tiny_models(family))
         provenance = provenance_of("model", variant, reader.manifest, reader.samples)
         assert (provenance.frames, provenance.size) == (17, "96x64")
         assert VideoShape.of(provenance, variant, reader) == VideoShape(17, size, 8.0)

@@ -131,7 +131,7 @@ def test_two_processes_equal_one(
 def test_low_precision_bases_train_and_resume_exactly(
     settings: Settings, make_cache: MakeCache, tmp_path: Path, metrics: Any, dtype: str
 ) -> None:
-    model = build_tiny_model(tmp_path / "model", "2b", dtype=dtype)  # type: ignore[arg-type]
+    model = build_tiny_model(tmp_path / "model", "2b", dtype=dtype)
     common = {"shards": make_cache("2b"), "model": str(model), "steps": 4}
     whole = train(settings(output=tmp_path / "whole", **common))
     half = settings(output=tmp_path / "half", checkpoint_every=2, **{**common, "steps": 2})

@@ -267,7 +267,7 @@ def test_stopped_runs_end_like_undisturbed_ones(
         patch.setattr(Validator, "run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
-    assert validations(config.output) == {}  # type: ignore[arg-type]
+    assert validations(config.output) == {}
     sample, calls = validation.sample_latents, []
 
     def interrupted(*args: Any, **options: Any) -> torch.Tensor:
@@ -280,7 +280,7 @@ def test_stopped_runs_end_like_undisturbed_ones(
         patch.setattr(validation, "sample_latents", interrupted)
         with pytest.raises(StoppedError, match="after step 4 of 4"):
             train(config)
-    assert sorted(validations(config.output)) == [2]  # type: ignore[arg-type]
+    assert sorted(validations(config.output)) == [2]
     again = train(config)
     assert again.weights.read_bytes() == whole.weights.read_bytes()
     assert_same_videos(videos(again.output), videos(whole.output))

@@ -87,9 +87,9 @@ def test_every_step_is_split_in_the_metrics(
     root = tiny_models("5b")
     transformer = load_transformer(root, torch.float32)
     add_lora(transformer, config)
-    transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    transformer.enable_gradient_checkpointing()
     one = step_flops(transformer, read_variant(root), Bucket.of(9, Size(32, 48))).total
-    for line in map(json.loads, (config.output / "metrics.jsonl").read_text().splitlines()):  # type: ignore[operator]
+    for line in map(json.loads, (config.output / "metrics.jsonl").read_text().splitlines()):
         parts = [line[f"{phase}_s"] for phase in PHASES]
         assert all(part >= 0 for part in parts)
         assert sum(parts) == pytest.approx(line["seconds"])

@@ -47,7 +47,7 @@ def trace_sampling(path: str) -> None:
             stream.write(f"{os.environ.get('RANK', 0)} {options['generator'].initial_seed()}\n")
         return sample(*args, **options)
 
-    validation.sample_latents = traced  # type: ignore[assignment]
+    validation.sample_latents = traced
 
 
 def child(config: dict[str, object], environment: dict[str, str], trace: str | None) -> None:
@@ -57,7 +57,7 @@ def child(config: dict[str, object], environment: dict[str, str], trace: str | N
         trace_sampling(trace)
     code = 70
     try:
-        stage.train(TrainConfig(**config))  # type: ignore[arg-type]
+        stage.train(TrainConfig(**config))
         code = 0
     except CogcacheError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")

@@ -124,7 +124,7 @@ def test_a_picture_is_decoded_once(counting: Path, monkeypatch: pytest.MonkeyPat
 
 def test_threads_agree(counting: Path) -> None:
     requests = [
-        ClipRequest(33, SIZE, fps=fps, window=window, reader=reader)  # type: ignore[arg-type]
+        ClipRequest(33, SIZE, fps=fps, window=window, reader=reader)
         for fps in (None, 8, 12)
         for window in (Window(), Window("centre"))
         for reader in ("auto", "decord")
@@ -144,7 +144,7 @@ def test_memory_stays_small(tmp_path: Path) -> None:
     path = write_video(tmp_path / "big.mp4", frames=30, options={"preset": "ultrafast"}, image=big)
     for reader, frames_held in (("pyav", 4), ("decord", 12)):
         tracemalloc.start()
-        load_clip(path, ClipRequest(25, Size(48, 80), reader=reader))  # type: ignore[arg-type]
+        load_clip(path, ClipRequest(25, Size(48, 80), reader=reader))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < frames_held * 1080 * 1920 * 3

@@ -41,7 +41,7 @@ def test_every_file_as_documented(
     done = []
     for item in find_clips(mixed_videos, "auto", False):
         try:
-            clip = load_clip(item.path, ClipRequest(frames, SIZE, reader=reader))  # type: ignore[arg-type]
+            clip = load_clip(item.path, ClipRequest(frames, SIZE, reader=reader))
         except VideoError as error:
             failures[item.source] = error.message
             continue

@@ -22,7 +22,7 @@ def steady(frames: int, fps: float) -> tuple[np.ndarray, float, float]:
 
 def picked(video: tuple[np.ndarray, float, float], frames: int, fps: float | None, **more: object) -> Picked:
     settings = {"window": START, "short": "fail"} | more
-    return pick(*video, frames, fps, **settings)  # type: ignore[arg-type]
+    return pick(*video, frames, fps, **settings)
 
 
 def test_consecutive_frames_of_each_window() -> None:

@@ -24,7 +24,7 @@ X265 = "keyint=12:min-keyint=12:bframes=3:log-level=none:pools=none:frame-thread
 
 
 def video(name: str, codec: str = "libx264", **settings: object) -> tuple[str, Make]:
-    return name, lambda folder: write_video(folder / name, codec, **settings)  # type: ignore[arg-type]
+    return name, lambda folder: write_video(folder / name, codec, **settings)
 
 
 def copied(name: str, source: str, *arguments: object) -> tuple[str, Make]:
@@ -112,7 +112,7 @@ READINGS = [("pyav", name) for name in FORMATS] + [("decord", name) for name in 
 
 @pytest.mark.parametrize(("choice", "name"), READINGS)
 def test_frames_and_times(made: Make, name: str, choice: str) -> None:
-    with open_video(made(name), choice) as reader:  # type: ignore[arg-type]
+    with open_video(made(name), choice) as reader:
         count = COUNTS.get(name, 60)
         assert (reader.info.frames, len(reader.timestamps)) == (count, count)
         frames = reader.read(range(count))
@@ -134,7 +134,7 @@ def test_any_choice_of_frames(made: Make, name: str, choice: str) -> None:
     rng = random.Random(name)
     first = first_number(name)
     for _ in range(6):
-        with open_video(made(name), choice) as reader:  # type: ignore[arg-type]
+        with open_video(made(name), choice) as reader:
             indices = rng.choices(range(reader.info.frames), k=rng.randrange(1, 8))
             assert numbers(reader.read(indices)) == [first + index for index in indices]
             step = rng.randrange(1, 9)
@@ -181,7 +181,7 @@ def test_pictures_come_upright(made: Make, tmp_path: Path, turn: int, mirror: bo
 @pytest.mark.parametrize(("turn", "display"), [(0, Size(96, 190)), (90, Size(190, 96))])
 def test_display_size_of_anamorphic_video(tmp_path: Path, turn: int, display: Size) -> None:
     def wide(stream: object) -> None:
-        stream.codec_context.sample_aspect_ratio = Fraction(32, 27)  # type: ignore[attr-defined]
+        stream.codec_context.sample_aspect_ratio = Fraction(32, 27)
 
     path = write_video(tmp_path / "sar.mp4", frames=9, setup=wide)
     ffmpeg("-display_rotation", turn, "-i", path, "-c", "copy", tmp_path / "turned.mp4")
@@ -195,7 +195,7 @@ def test_display_size_of_anamorphic_video(tmp_path: Path, turn: int, display: Si
 @pytest.mark.parametrize("choice", ["decord", "pyav"])
 def test_depth_and_chroma_keep_brightness(tmp_path: Path, pix_fmt: str, choice: str) -> None:
     path = write_video(tmp_path / "x.mp4", frames=9, options=X264, pix_fmt=pix_fmt)
-    with open_video(path, choice) as reader:  # type: ignore[arg-type]
+    with open_video(path, choice) as reader:
         assert np.abs(reader.read([4])[0].astype(int) - picture(4)).mean() < 3
 
 
@@ -208,7 +208,7 @@ def test_declared_colours_are_followed(tmp_path: Path, space: str, colours: str)
     tags = ["-colorspace", space, "-color_range", colours]
     ffmpeg("-i", source, "-vf", matrix, *tags, "-c:v", "libx264", "-crf", "8", path)
     for choice in ("decord", "pyav"):
-        with open_video(path, choice) as reader:  # type: ignore[arg-type]
+        with open_video(path, choice) as reader:
             got = reader.read([4])[0].astype(int)
         # Flat areas away from edges: red and blue.
         assert np.abs(got[70:90, 5:30] - picture(4)[70:90, 5:30]).max() <= 8
@@ -227,7 +227,7 @@ def test_files_that_were_cut_off_are_refused(made: Make, tmp_path: Path, name: s
     path.write_bytes(data[: int(len(data) * share)])
     for choice in ("auto", "pyav"):
         with pytest.raises(VideoError, match=r"damaged: the file is cut off, \d+ bytes are missing"):
-            open_video(path, choice)  # type: ignore[arg-type]
+            open_video(path, choice)
 
 
 def faststart(path: Path, folder: Path) -> Path:
@@ -266,7 +266,7 @@ def test_damage_in_the_middle(made: Make, tmp_path: Path, choice: str) -> None:
     data[begin + size // 2] ^= 0xFF
     path = tmp_path / "bad.mp4"
     path.write_bytes(data)
-    with pytest.raises(VideoError, match="damaged"), open_video(path, choice) as reader:  # type: ignore[arg-type]
+    with pytest.raises(VideoError, match="damaged"), open_video(path, choice) as reader:
         reader.read([20, 33])
 
 
