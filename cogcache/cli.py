@@ -17,10 +17,10 @@ import typer.main
 from typer.core import TyperGroup
 
 from cogcache.bench.commands import bench_app
+from cogcache.cache_commands import export_command, inspect_command, merge_command, verify_command
 from cogcache.errors import CogcacheError
 from cogcache.planner.commands import plan_command
 from cogcache.stopping import STOPPED, telling_of_sigterm
-from cogcache.wording import counted
 
 if TYPE_CHECKING:
     import logging
@@ -32,10 +32,6 @@ __all__ = ["app", "main"]
 _CTRL_C = 130
 Family = Literal["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"]
 SmallKind = Literal["t2v", "i2v", "t2v-1.5"]
-Format = Literal["webdataset", "zarr"]
-Compression = Literal["zstd", "none"]
-_FORMAT = "How the new shards are stored. Default: as the old ones."
-_COMPRESSION = "Compression of zarr shards."
 
 
 def _config_commands() -> dict[str, tuple[type[BaseModel], Callable[[Any], None]]]:
@@ -227,133 +223,10 @@ def _convert_lora(
     typer.echo(f"Wrote {convert_lora(source, out, form, lora_alpha)} ({form})")
 
 
-@app.command("verify")
-def _verify(
-    shards: Annotated[
-        str, typer.Argument(metavar="SHARDS", help="Cache written by 'cogcache encode': a folder or a URL.")
-    ],
-    repair: Annotated[
-        bool,
-        typer.Option("--repair", help="Drop what is damaged, so that the next encode remakes just that."),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    decode: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Also encode this share (1%) or number of clips again from their videos and compare, and decode "
-            "what is stored. Needs the model and the videos.",
-        ),
-    ] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(help="Folder of the videos. Default: the one that encode was given.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="For --decode: auto, cpu, cuda or cuda:N.")] = "auto",
-) -> None:
-    """Check every byte of a cache.
-
-    Structure, checksums, tensors and references; every damage is listed with its file, entry and clips (exit code 5).
-    With --repair what is lost but can be proven is rebuilt, and what is damaged is dropped (exit code 3 where
-    encode must then run again).
-
-    Example:  cogcache verify shards/clips
-    """
-    from cogcache.cache.verify import verify
-    from cogcache.location import local_folder, parse_location
-
-    again = None
-    if decode is not None:
-        from functools import partial
-
-        from cogcache.precompute.redo import decode_again, parse_share
-
-        parse_share(decode)
-        again = partial(
-            decode_again, root=local_folder(shards), share=decode, data_root=data_root, device=device
-        )
-    verify(parse_location(shards), repair=repair, as_json=as_json, decode=again)
-
-
-@app.command("inspect")
-def _inspect(
-    shards: Annotated[str, typer.Argument(help="Folder or URL of the cache.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    html: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="Write a gallery of all clips: one HTML file.")
-    ] = None,
-    latents: Annotated[
-        bool | None,
-        typer.Option(
-            "--latents/--no-latents",
-            help="Read every latent for mean, spread, outliers and pictures. Default: with --html only.",
-        ),
-    ] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(help="Folder of the videos, for pictures. Default: the one encoded from.")
-    ] = None,
-) -> None:
-    """Tell what a cache holds: a table, JSON, or a gallery in one HTML file. Changes nothing.
-
-    Example:  cogcache inspect shards/clips --html clips.html
-    """
-    from cogcache.inspect import inspect_shards
-
-    inspect_shards(shards, as_json=as_json, html=html, latents=latents, data_root=data_root)
-
-
-@app.command("export")
-def _export(
-    shards: Annotated[str, typer.Argument(help="Folder or URL of the cache.")],
-    out: Annotated[str, typer.Argument(help="Folder of the new cache.")],
-    query: Annotated[str, typer.Option(help="Words that caption or file name must all hold.")] = "",
-    bucket: Annotated[
-        str, typer.Option(metavar="FxHxW", help="Only clips of this many frames and this size.")
-    ] = "",
-    names: Annotated[
-        Path | None, typer.Option("--list", metavar="FILE", help="Only these sources or ids, one a line.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many clips.")] = None,
-    backend: Annotated[Format | None, typer.Option("--format", help=_FORMAT)] = None,
-    zarr_compression: Annotated[Compression, typer.Option(help=_COMPRESSION)] = "zstd",
-) -> None:
-    """Write some of a cache's clips as a cache of its own. Nothing is encoded again.
-
-    Example:  cogcache export shards/clips shards/rabbits --query rabbit
-    """
-    from cogcache.cache.transfer import export_shards
-    from cogcache.location import local_folder
-
-    manifest = export_shards(
-        shards,
-        local_folder(out),
-        query=query,
-        bucket=bucket,
-        names=names,
-        limit=limit,
-        backend=backend,
-        compression=zarr_compression,
-    )
-    typer.echo(f"Wrote {out}: {counted(manifest.tables['samples.jsonl'].rows, 'clip')}")
-
-
-@app.command("merge")
-def _merge(
-    out: Annotated[str, typer.Argument(help="Folder of the new cache.")],
-    shards: Annotated[list[str], typer.Argument(help="Folders or URLs of the caches to join.")],
-    backend: Annotated[Format | None, typer.Option("--format", help=_FORMAT)] = None,
-    zarr_compression: Annotated[Compression, typer.Option(help=_COMPRESSION)] = "zstd",
-) -> None:
-    """Join caches that were made with the same settings. Nothing is encoded again.
-
-    Example:  cogcache merge shards/all shards/monday shards/tuesday
-    """
-    from cogcache.cache.transfer import merge_shards
-    from cogcache.location import local_folder
-
-    manifest = merge_shards(local_folder(out), shards, backend=backend, compression=zarr_compression)
-    typer.echo(f"Wrote {out}: {counted(manifest.tables['samples.jsonl'].rows, 'clip')}")
-
-
+app.command("verify")(verify_command)
+app.command("inspect")(inspect_command)
+app.command("export")(export_command)
+app.command("merge")(merge_command)
 app.add_typer(bench_app, name="bench")
 app.command("plan")(plan_command)
 
