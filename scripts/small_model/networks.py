@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from shown import Size, Source, draw
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,49 +32,51 @@ def to_pixels(clips_bfhwc: Tensor) -> Tensor:
     return clips_bfhwc.permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
 
 
+class Rebuild(nn.Module):
+    """A VAE's way there and back: what it makes of pixels by a posterior sample, and the KL term."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels_bcfhw: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(pixels_bcfhw).latent_dist
+        return self.vae.decode(posterior.sample()).sample, posterior.kl().mean()
+
+
 def train_vae(
-    vae: Any,
-    kinds: Sequence[Tensor],
-    device: torch.device,
-    *,
-    steps: int,
-    batch: int,
-    crop: tuple[int, int, int],
+    vae: Any, kinds: Sequence[Source], device: torch.device, *, steps: int, batch: int, crop: Size
 ) -> None:
-    """Reconstruction (L1, and L1 of neighbours' differences, which keeps edges sharp) and a small KL term.
+    """Reconstruction and a small KL term.
+
+    Errors count by L1, by L1 of neighbours' differences, which keeps edges sharp, and by their squares, which PSNR is
+    made of. On a GPU float32 weights are computed with in bfloat16, norms too: small layers are bound by memory.
 
     Args:
-        kinds: uint8 [N, F, H, W, 3], all training clips, by kind: each kind is drawn from equally often.
-        crop: Frames, height and width of the random crops that are trained on.
+        kinds: What to show, in turn; one that is named twice comes twice as often.
+        crop: Frames, height and width of what is shown.
     """
     vae.requires_grad_(True).train().to(device)
-    kinds = [clips.to(device) for clips in kinds if len(clips)]
-
-    def draw() -> Tensor:
-        return _crops(kinds, batch, crop)
+    rebuild, dtype = Rebuild(vae), torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def loss(clips_bfhwc: Tensor) -> Tensor:
         pixels = to_pixels(clips_bfhwc)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
-            posterior = vae.encode(pixels).latent_dist
-            decoded = vae.decode(posterior.sample()).sample
+        weights = {name: weight.to(dtype) for name, weight in rebuild.named_parameters()}
+        decoded, kl = torch.func.functional_call(rebuild, weights, (pixels.to(dtype),))
         away = decoded.float() - pixels
         edges = away.diff(dim=-1).abs().mean() + away.diff(dim=-2).abs().mean()
-        return away.abs().mean() + 0.5 * edges + KL_WEIGHT * posterior.kl().mean()
+        return away.abs().mean() + 0.5 * edges + 2 * away.square().mean() + KL_WEIGHT * kl.float()
 
-    _optimise("vae", vae.parameters(), draw, loss, steps, lr=1e-3, record=device.type == "cuda")
+    _optimise(
+        "vae",
+        vae.parameters(),
+        lambda: draw(kinds, batch, crop),
+        loss,
+        steps,
+        lr=1e-3,
+        record=device.type == "cuda",
+    )
     vae.requires_grad_(False).eval()
-
-
-def _crops(kinds: Sequence[Tensor], batch: int, crop: tuple[int, int, int]) -> Tensor:
-    rows = []
-    for number in range(batch):
-        clips = kinds[number % len(kinds)]
-        most = [len(clips) - 1] + [size - wanted for size, wanted in zip(clips.shape[1:4], crop, strict=True)]
-        chosen, first, down, right = (int(torch.randint(limit + 1, ())) for limit in most)
-        piece = clips[chosen, first : first + crop[0], down : down + crop[1], right : right + crop[2]]
-        rows.append(piece.flip(2) if torch.rand(()) < 0.5 else piece)
-    return torch.stack(rows)
 
 
 def calibrate(vae: Any, clips_bfhwc: Tensor, device: torch.device, scaling_factor: float) -> float:

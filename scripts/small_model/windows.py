@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ def windows(file: Path) -> Iterator[Window]:
 
 def shot(path: Path, line: dict[str, Any]) -> Iterator[np.ndarray]:
     """Overlapping windows of a shot, half a window apart."""
-    frames = list(_pictures(path, line))
+    times = np.arange(line["start"], line["end"], 1 / line.get("fps", FPS))
+    place = (line.get("across", 0.5), *line.get("rows", (0.0, 1.0)))
+    frames = [_crop(frame, *place) for frame in frames_at(path, times)]
     for first in range(0, len(frames) - FRAMES + 1, FRAMES // 2):
         yield np.stack(frames[first : first + FRAMES])
 
@@ -56,18 +58,21 @@ def move(path: Path, begin: tuple[float, float, float], end: tuple[float, float,
     return np.stack(frames)
 
 
-def _pictures(path: Path, line: dict[str, Any]) -> Iterator[np.ndarray]:
+def frames_at(path: Path, times: Iterable[float]) -> Iterator[Any]:
+    """The first frames of a film at or after each of some rising times in seconds, as PyAV gives them."""
     import av
 
-    wanted = iter(np.arange(line["start"], line["end"], 1 / line.get("fps", FPS)))
+    wanted = iter(times)
     due = next(wanted, None)
+    if due is None:
+        return
     with av.open(str(path)) as container:
-        container.seek(int(line["start"] * av.time_base))  # the key frame before it
+        container.seek(int(due * av.time_base))  # the key frame before it
         for frame in container.decode(video=0):
             if due is None:
                 return
             if frame.time is not None and frame.time >= due - 1e-3:
-                yield _crop(frame, line.get("across", 0.5), *line.get("rows", (0.0, 1.0)))
+                yield frame
                 due = next(wanted, None)
 
 
