@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from cogcache.memory import cache_folder
 
@@ -60,5 +62,11 @@ def keep_compilations() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return
-    if os.access(folder, os.W_OK):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if os.access(folder, os.W_OK) and (chosen is None or _is_torchs_own(Path(chosen))):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+def _is_torchs_own(folder: Path) -> bool:
+    """Whether torch has named its default in the environment itself, which it does while diffusers is imported."""
+    return folder.parent == Path(tempfile.gettempdir()) and folder.name.startswith("torchinductor_")

@@ -30,6 +30,8 @@ SHORT, LONG = (150, 4, 2e-3), (300, 8, 4e-3)
 
 Length = Literal["short", "long"]
 PROMPTS, SEEDS = 3, 2
+SEED = 7
+"""Of the concept's scenes. The thresholds were stated with those of seed 0 and earlier weights in view."""
 DENOISING, GUIDANCE = 15, 6.0
 
 
@@ -77,7 +79,7 @@ class Behaviour:
 
     def __init__(self, root: Path, weights: Path) -> None:
         self.root, self.weights = root, weights
-        self.concept: Concept = choose_concept()
+        self.concept: Concept = choose_concept(seed=SEED)
 
     def model(self, kind: Kind = "t2v") -> Path:
         return self._made(f"model-{kind}", lambda out: small_model(kind, out, weights=self.weights))

@@ -169,6 +169,17 @@ def test_compilations_are_kept_unless_the_user_chose(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("_no_compile_cache")
+def test_a_folder_that_torch_has_named_itself_is_no_choice(tmp_path: Path) -> None:
+    """Importing diffusers makes torch do that, before anybody knows whether the run compiles."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    own = cache_dir()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == own
+    keep_compilations()
+    assert cache_dir() == str(tmp_path / "home" / "cogcache" / "compile")
+
+
+@pytest.mark.usefixtures("_no_compile_cache")
 def test_without_a_home_torch_decides(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
     keep_compilations()
