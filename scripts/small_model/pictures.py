@@ -70,7 +70,9 @@ def _crop(picture: Image.Image, draw: random.Random) -> Image.Image:
     """Somewhere in the picture, from its own pixels to all of it that fits, all scales equally likely."""
     height, width = SIZE
     most = min(picture.height, picture.width * height / width)
-    tall = math.exp(draw.uniform(math.log(min(height, most)), math.log(most)))
+    tall = min(most, math.exp(draw.uniform(math.log(min(height, most)), math.log(most))))
     wide = tall * width / height
-    left, top = draw.uniform(0, picture.width - wide), draw.uniform(0, picture.height - tall)
+    left, top = (
+        draw.uniform(0, max(0.0, have - take)) for have, take in zip(picture.size, (wide, tall), strict=True)
+    )
     return picture.resize((width, height), Image.Resampling.LANCZOS, (left, top, left + wide, top + tall))

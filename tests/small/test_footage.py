@@ -33,7 +33,7 @@ TRAILER = "bunny/trailer_bbb.mp4"
 @pytest.fixture(scope="module")
 def scripts() -> Any:
     """The recipe's modules by name."""
-    names = ("windows", "packages", "clips", "footage")
+    names = ("windows", "packages", "clips", "pictures", "footage")
     sys.path.insert(0, str(SCRIPTS))
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(SCRIPTS))
@@ -214,7 +214,9 @@ def test_lists_of_apt_are_turned_to_sources(scripts: dict[str, ModuleType]) -> N
     assert as_source("deb-src http://x y main\n") == "deb-src http://x y main\n"
 
 
-def test_from_archives_to_clips(scripts: dict[str, ModuleType], film: Path) -> None:
+def test_from_archives_to_clips(
+    scripts: dict[str, ModuleType], film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All of it, with archives that are there already; then the recipe takes the clips as they are."""
     out = film.parent / "out"
     picture = io.BytesIO()
@@ -226,7 +228,10 @@ def test_from_archives_to_clips(scripts: dict[str, ModuleType], film: Path) -> N
     shots = [[0, 95, [0.0, 1.0], "A grey wall that grows brighter"]]
     wanted = {"sources": {"a": source}, "films": {"a/film.mp4": {"rate": 24, "rows": [0.125, 0.875], "shots": shots}},
               "photographs": {"a/p.png": [[0.5, 0.5, 0.5, "a grey wall"]]}}  # fmt: skip
+    monkeypatch.setattr(scripts["footage"], "PICTURES", 6)
     scripts["footage"].gather(out, wanted)
+    assert {Image.open(file).size for file in (out / "pictures").iterdir()} == {(192, 128)}
+    assert len(list((out / "pictures").iterdir())) == 6
     rows = [json.loads(line) for line in (out / "clips" / "metadata.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) == 2 * (2 + 6) + 6
     frames, fps = read_mp4(out / "clips" / rows[0]["file_name"])
