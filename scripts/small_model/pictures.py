@@ -43,7 +43,7 @@ def write_pictures(listed: Path, out: Path, count: int, seed: int = 0) -> None:
     groups = [
         group
         for group in (
-            [Image.open(path).convert("RGB") for path in photographs],
+            [_open(path) for path in photographs],
             [frame for shot in sorted(shots) for frame in _frames(*shot)],
         )
         if group
@@ -56,7 +56,12 @@ def write_pictures(listed: Path, out: Path, count: int, seed: int = 0) -> None:
 
 def read_pictures(folder: Path) -> np.ndarray:
     """All pictures of a folder, uint8 [N, 128, 192, 3]."""
-    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.jpg"))])
+    return np.stack([np.asarray(_open(path)) for path in sorted(folder.glob("*.jpg"))])
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as opened:
+        return opened.convert("RGB")
 
 
 def _frames(path: Path, start: float, end: float, rows: Sequence[float]) -> Iterator[Image.Image]:
