@@ -111,7 +111,7 @@ class TrainConfig(CommandConfig):
         "auto",
         "Memory tier; gradients are the same. fast: nothing is computed twice. balanced: attention is kept. small: "
         "weights and all that is kept in host memory. tiny: the optimizer, too. plain: diffusers' own blocks. "
-        "auto: the fastest that fits.",
+        "auto: the fastest that fits a GPU, or no run. One that is named is tried, with a notice.",
         panel=_MEMORY,
     )
     gradient_checkpointing: bool | None = setting(

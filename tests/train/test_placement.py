@@ -1,7 +1,8 @@
 """How the blocks will run is decided before any weight is read, and what was expected is told beside what was measured.
 
 Mutations tried, each caught: the slowest that fits taken; host memory not looked at; the weights loaded before the
-decision; the LoRA left out of the model without weights; the mean over clips not weighted; the first steps counted.
+decision; the only tier taken though it does not fit; a named tier refused; the LoRA left out of the model without
+weights; the mean over clips not weighted; the first steps counted.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def forecasts(config: TrainConfig, rates: Rates | None = None) -> list[Forecast]
 
 
 def tier_for(config: TrainConfig, device: float, host: float = PLENTY) -> str:
-    return choose(forecasts(config), Need(int(device * GIB), int(host * GIB))).tier
+    return choose(forecasts(config), Need(int(device * GIB), int(host * GIB)), config).tier
 
 
 def test_auto_takes_the_fastest_that_fits() -> None:
@@ -205,6 +206,52 @@ def test_train_refuses_before_any_weight_is_read(
         stage.train(config)
     assert "frozen weights of the blocks" in caught.value.message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"training_type": "full"}, "--training-type lora"),
+        ({"lora_dropout": 0.1, "rank": 2}, "no --lora-dropout"),
+    ],
+    ids=["full", "dropout"],
+)
+def test_train_refuses_too_where_there_is_but_one_tier(
+    changes: dict[str, Any],
+    advice: str,
+    make_cache: Callable[..., Path],
+    gpu: Callable[[float], SimpleNamespace],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Unless that one was named: then it is tried."""
+
+    class WeightsWantedError(Exception):
+        pass
+
+    def no_weights(*_: object) -> None:
+        raise WeightsWantedError
+
+    monkeypatch.setattr(stage, "load_transformer", no_weights)
+    monkeypatch.setattr(stage, "product_ceiling", lambda _: None)
+    monkeypatch.setattr(stage, "open_accelerator", lambda _: gpu(0.0001))
+    config = TrainConfig(shards=make_cache("5b"), output=tmp_path / "run", device="cpu", **changes)
+    with pytest.raises(NothingFitsError, match="only --memory plain, and it does not fit") as caught:
+        stage.train(config)
+    assert caught.value.exit_code == 6
+    assert "GPU memory at the peak" in caught.value.message
+    assert caught.value.message.split()[-1] == "no"  # the table's last row: does it fit?
+    assert advice in caught.value.hint
+    assert not (tmp_path / "run").exists()
+    assert "NOTICE" not in capsys.readouterr().err
+    with pytest.raises(WeightsWantedError):
+        stage.train(config.model_copy(update={"memory": "plain"}))
+    assert "NOTICE: that may not fit" in " ".join(capsys.readouterr().err.split())
+
+
+def test_help_says_that_a_named_tier_is_tried() -> None:
+    assert "One that is named is tried" in str(TrainConfig.model_fields["memory"].description)
 
 
 @pytest.fixture

@@ -58,26 +58,39 @@ def candidates(config: TrainConfig) -> list[tuple[str, Measures]]:
     return [(tier, _with_flags(TIERS[tier], config)) for tier in tiers]
 
 
-def choose(forecasts: Sequence[Forecast], free: Need) -> Forecast:
-    """The first that fits; if there is but one, that one.
+def choose(forecasts: Sequence[Forecast], free: Need, config: TrainConfig) -> Forecast:
+    """The first that fits; a tier that was named, whether it fits or not.
 
     Args:
+        forecasts: Of the tiers to choose from; one if the tier was named, or if no other can be had.
         free: Bytes that are free on the device and on the host.
 
     Raises:
         NothingFitsError: if none fits, with a table of what each would need.
     """
-    if len(forecasts) == 1:
+    if config.memory != "auto":
         return forecasts[0]
     for forecast in forecasts:
         if not shortfall(forecast.memory, free):
             return forecast
-    raise NothingFitsError(
-        f"no memory tier fits into {_gib(free.device)} of GPU memory and {_gib(free.host)} of host memory that are "
-        f"free.\n\n{tier_table(forecasts, free)}\n",
-        "Use fewer frames, a smaller size, --batch-size or --rank ('cogcache plan' tells what they take); or give the "
-        "tier by --memory to try all the same.",
+    why = _unknown(config, deepspeed=False)
+    nothing = (
+        f"with {why} there is only --memory plain, and it does not fit" if why else "no memory tier fits"
     )
+    raise NothingFitsError(
+        f"{nothing} into {_gib(free.device)} of GPU memory and {_gib(free.host)} of host memory that are free."
+        f"\n\n{tier_table(forecasts, free)}\n",
+        _advice(config),
+    )
+
+
+def _advice(config: TrainConfig) -> str:
+    less, tier = "fewer frames, a smaller size, --batch-size or --rank", "the tier by --memory"
+    if config.training_type == "full":
+        less, tier = "fewer frames, a smaller size, --batch-size or --training-type lora", "--memory plain"
+    elif config.lora_dropout:
+        less, tier = f"no --lora-dropout, so that smaller tiers can be had, {less}", "--memory plain"
+    return f"Use {less} ('cogcache plan' tells what they take); or give {tier} to try all the same."
 
 
 def _gib(size: int) -> str:

@@ -73,7 +73,7 @@ def plan_blocks(
     card = find_card(torch.cuda.get_device_name(device))
     rates = card.rates if card else measured_rates(device)
     free = _free(accelerator)
-    forecast = choose([job.forecast(tier, measures, rates) for tier, measures in tiers], free)
+    forecast = choose([job.forecast(tier, measures, rates) for tier, measures in tiers], free, config)
     if accelerator.is_main_process:
         _tell(forecast, free)
     return Placement(forecast.measures, forecast, job.unit, _compiled(forecast.measures, config))
