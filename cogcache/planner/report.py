@@ -138,5 +138,4 @@ def _flops(flops: StepFlops, times: int) -> dict[str, Any]:
 def _run_seconds(forecast: Forecast, job: Job) -> float | None:
     if forecast.mean_s is None:
         return None
-    compiled = forecast.measures is not None and forecast.measures.compile
-    return job.config.steps * forecast.mean_s + _COMPILES_S * len(job.clips) * compiled
+    return job.config.steps * forecast.mean_s + _COMPILES_S * len(job.clips) * forecast.compiled

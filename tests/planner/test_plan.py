@@ -248,6 +248,18 @@ def test_a_training_config_is_taken(tmp_path: Path) -> None:
     assert (plan["settings"]["rank"], plan["settings"]["batch_size"]) == (16, 2)
 
 
+def test_compiled_plain_blocks_are_planned_with_their_compilation(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("shards: somewhere\nlora_dropout: 0.1\ncompile: true\n")
+    compiled, _ = make_plan(PlanRequest(family="5b", gpu="H200", config=file))
+    eager, _ = make_plan(PlanRequest(family="5b", gpu="H200", training={"lora_dropout": 0.1}))
+    steps = compiled["settings"]["steps"]
+    seconds = [tiers(plan)["plain"]["seconds"] for plan in (compiled, eager)]
+    assert seconds[0] < 0.8 * seconds[1]
+    assert compiled["targets"][0]["run_s"] == pytest.approx(steps * seconds[0] + 40)
+    assert eager["targets"][0]["run_s"] == pytest.approx(steps * seconds[1])
+
+
 def test_rates_that_are_given() -> None:
     slow, _ = make_plan(PlanRequest(family="5b", gpu_memory=24, gpu_tflops=50))
     quick, _ = make_plan(PlanRequest(family="5b", gpu_memory=24, gpu_tflops=500))

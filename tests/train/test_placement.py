@@ -170,6 +170,17 @@ def test_times_are_those_of_all_clips_and_memory_that_of_the_largest() -> None:
     assert twice.mean_s == pytest.approx(2 * (alone.mean_s or 0), rel=0.01)
 
 
+def test_plain_blocks_that_are_compiled_are_forecast_so() -> None:
+    rates = CARDS[0].rates
+    eager = big().forecast("plain", None, rates)
+    job = replace(big(), config=AUTO.model_copy(update={"compile": True}))
+    compiled = job.forecast("plain", None, rates)
+    assert (eager.compiled, compiled.compiled) == (False, True)
+    assert (eager.mean_s or 0) - (compiled.mean_s or 0) == pytest.approx(0.88, rel=0.02)
+    assert eager.memory.device - compiled.memory.device == pytest.approx(0.9 * GIB, rel=0.02)
+    assert job.forecast("small", TIERS["small"], rates) == big().forecast("small", TIERS["small"], rates)
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], SimpleNamespace]:
     """``gpu(12)``: what Accelerate would say on a GPU of which so many GiB are free; nothing is put on it."""

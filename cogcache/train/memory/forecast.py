@@ -19,7 +19,7 @@ from cogcache.train.memory.speed import Rates, microbatch_seconds, update_second
 from cogcache.train.memory.workload import Workload, workload_of
 from cogcache.variants import Variant
 
-__all__ = ["Forecast", "Job", "host_parts", "shortfall", "unloaded_transformer"]
+__all__ = ["Forecast", "Job", "compiles", "host_parts", "shortfall", "unloaded_transformer"]
 
 _DEVICE_SHARE, _HOST_SHARE = 0.94, 0.85
 """What of the free memory is planned with: the allocator's gaps and other programs need the rest."""
@@ -59,6 +59,7 @@ class Forecast:
 
     Attributes:
         measures: None for diffusers' own blocks.
+        compiled: Whether the blocks are compiled.
         flops: Of one microbatch, on the mean over all clips.
         seconds: A step of each bucket; empty where no rates are known.
         typical_s: A step of the bucket that most clips are in, or of one in the middle.
@@ -74,6 +75,7 @@ class Forecast:
     typical_s: float | None
     mean_s: float | None
     copies: int = 0
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Job:
             load,
             measures,
             checkpointing=checkpointing,
+            compiled=compiles(measures, self.config),
             gradients_stay=accumulates,
         )
         flops = {bucket: self._flops(bucket, measures) for bucket in sorted(self.clips)}
@@ -123,6 +126,7 @@ class Job:
             _middle(seconds, self.clips) if seconds else None,
             _mean(seconds, self.clips) if seconds else None,
             _COPIED * load.locked if self.config.checkpoint_every else 0,
+            compiles(measures, self.config),
         )
 
     @property
@@ -151,6 +155,7 @@ class Job:
             measures,
             rates,
             checkpointing=bool(self.transformer.gradient_checkpointing),
+            compiled=compiles(measures, self.config),
         )
         return self.config.grad_accum * micro + update_seconds(load, measures, rates)
 
@@ -167,6 +172,11 @@ def _middle(seconds: Mapping[Bucket, float], clips: Mapping[Bucket, int]) -> flo
 
 def _mean(seconds: Mapping[Bucket, float], clips: Mapping[Bucket, int]) -> float:
     return sum(seconds[bucket] * count for bucket, count in clips.items()) / sum(clips.values())
+
+
+def compiles(measures: Measures | None, config: TrainConfig) -> bool:
+    """Whether blocks are compiled under ``measures``; None for diffusers' own, which are where it is asked for."""
+    return bool(config.compile) if measures is None else measures.compile
 
 
 def shortfall(memory: Estimate, free: Need) -> str:

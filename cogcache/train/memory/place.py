@@ -16,7 +16,14 @@ from cogcache.train.data import Samples
 from cogcache.train.memory.blocks import install
 from cogcache.train.memory.choose import candidates, choose, free_memory, uses_stock_blocks
 from cogcache.train.memory.estimate import Need
-from cogcache.train.memory.forecast import Forecast, Job, host_parts, shortfall, unloaded_transformer
+from cogcache.train.memory.forecast import (
+    Forecast,
+    Job,
+    compiles,
+    host_parts,
+    shortfall,
+    unloaded_transformer,
+)
 from cogcache.train.memory.gpus import find_card, measured_rates
 from cogcache.train.memory.measures import Measures
 from cogcache.train.memory.stock import compile_blocks
@@ -66,7 +73,7 @@ def plan_blocks(
     tiers: list[tuple[str, Measures | None]] = [("plain", None)] if stock else [*candidates(config)]
     if device.type != "cuda" or deepspeed:
         measures = tiers[0][1]
-        return Placement(measures, compiled=_compiled(measures, config))
+        return Placement(measures, compiled=compiles(measures, config))
     transformer = unloaded_transformer(read_config(root, "transformer/config.json"), config, dtype)
     clips = Counter(record.bucket for record in samples.records)
     job = Job(transformer, samples.variant, clips, config, dtype, accelerator.num_processes)
@@ -76,11 +83,7 @@ def plan_blocks(
     forecast = choose([job.forecast(tier, measures, rates) for tier, measures in tiers], free, config)
     if accelerator.is_main_process:
         _tell(forecast, free)
-    return Placement(forecast.measures, forecast, job.unit, _compiled(forecast.measures, config))
-
-
-def _compiled(measures: Measures | None, config: TrainConfig) -> bool:
-    return bool(config.compile) if measures is None else measures.compile
+    return Placement(forecast.measures, forecast, job.unit, forecast.compiled)
 
 
 def _free(accelerator: Accelerator) -> Need:
