@@ -104,9 +104,9 @@ class Report(NoReport):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-        verdict = self._tally.verdict(self._peak())
-        if verdict and (kind is None or issubclass(kind, StoppedError)):
-            say(verdict)
+        if kind is None or issubclass(kind, StoppedError):
+            for line in self._tally.verdict(self._peak()):
+                say(line)
 
     def step(self, plan: StepPlan, result: StepResult) -> None:
         """Report a finished step."""

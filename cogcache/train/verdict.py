@@ -1,4 +1,4 @@
-"""What a run's steps spent their time on, in one plain line."""
+"""What a run's steps spent their time on, in a plain line, and one more where data was waited for."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ class Tally:
         self._times.add(times)
         self._flops += flops
 
-    def verdict(self, peak: int | None) -> str | None:
-        """One line; None if no step was counted.
+    def verdict(self, peak: int | None) -> list[str]:
+        """A line, and one more where waiting for data matters; none if no step was counted.
 
         Args:
             peak: Bytes of GPU memory at the peak; None without a GPU.
         """
         if not self._times.total:
-            return None
+            return []
         shares = self._times.shares()
-        if shares["data"] > _MATTERS:
-            return f"Data was waited for {shares['data']:.0%} of the time: {self._advice()}."
         parts = ", ".join(f"{phase} {shares[phase]:.0%}" for phase in PHASES)
         memory = "" if peak is None else f" Peak: {peak / 2**30:.2f} GiB of GPU memory."
-        return f"Where the time went: {parts}. {self._speed()}.{memory}"
+        lines = [f"Where the time went: {parts}. {self._speed()}.{memory}"]
+        if shares["data"] > _MATTERS:
+            lines.append(f"Data was waited for {shares['data']:.0%} of the time: {self._advice()}.")
+        return lines
 
     def _advice(self) -> str:
         more = f"raise --workers (now {self._config.workers})"
