@@ -99,6 +99,7 @@ def test_a_row_of_the_training_table(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     row = bench_train.measure_step(bench_train.RowSettings(recipe, family, "17x64x96", 2, 4, 2))
     assert row.step_s > 0
+    assert row.steps == 2
     assert 0.1 < row.loss < 10
     if "offload" in recipe:
         assert row.predicted_gib is None  # the planner knows nothing of it
@@ -112,7 +113,7 @@ def test_a_recipe_that_fails_is_a_row_and_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The processes of the rows are real; what they run is not."""
-    row = bench_train.StepRow("plain", 1, 2.0, None, 3.0, None, 4.0, 0.5)
+    row = bench_train.StepRow("plain", 1, 5, 2.0, None, 3.0, None, 4.0, 0.5)
     child = tmp_path / "child.py"
     child.write_text(
         "import json, os, sys\n"
@@ -133,12 +134,47 @@ def test_a_recipe_that_fails_is_a_row_and_ends_nothing(
     out = tmp_path / "train.json"
     assert run(["bench", "train", "--recipes", "small, plain,tiny,plain", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
+    measured = {**asdict(row), "ratio": None, "samples_per_s_per_gib": pytest.approx(1 / 2.0 / 3.0)}
     assert rows == [
         {"recipe": "small", "failed": "RuntimeError: on two devices, cuda:0 and cpu!"},
-        asdict(row),
+        measured,
         {"recipe": "tiny", "failed": "ended with code -9 and no word"},
-        asdict(row),
+        measured,
     ]
+
+
+def test_training_rows_end_in_a_table_beside_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [
+        bench_train.StepRow("small", 2, 5, 4.0, 4.25, 8.0, 7.75, 9.0, 0.5),
+        bench_train.StepRow("reference", 2, 5, 10.0, None, 32.0, None, 9.0, 0.5),
+        bench_train.FailedRow("fast", "RuntimeError: out of memory"),
+    ]
+    monkeypatch.setattr(bench_train, "rows", lambda _: iter(found))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(facts, "_gpu", lambda: "a GPU")
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "train.json"
+    assert run(["bench", "train", "--recipes", "small,reference,fast", "--json", str(out)]) == 0
+    small, reference, failed = json.loads(out.read_text())["rows"]
+    assert (small["ratio"], reference["ratio"]) == (2.5, 1.0)
+    assert small["samples_per_s_per_gib"] == 2 / 4.0 / 8.0
+    assert (small["steps"], reference["steps"]) == (5, 5)
+    assert failed == asdict(found[2])
+    told = capsys.readouterr().err
+    assert "small: 4.000 s (planned 4.25, +6.2%), 8.00 GiB" in told
+    table = [
+        [cell.strip() for cell in line.strip("│┃").split("│")] for line in told.splitlines() if "│" in line
+    ]
+    assert table == [
+        ["small", "4.000", "2.50", "4.250", "8.00", "7.75", "0.0625"],
+        ["reference", "10.000", "1.00", "", "32.00", "", "0.00625"],
+        ["fast", "failed", "", "", "", "", ""],
+    ]
+    [headings] = [line for line in told.splitlines() if "┃" in line]
+    for name in ("s/step", "ratio", "planned s", "peak GiB", "planned GiB", "samples/s per GiB"):
+        assert name in headings
 
 
 def test_group_offloading_is_measured_only_where_asked_for() -> None:

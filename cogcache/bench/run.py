@@ -91,7 +91,7 @@ def bench_train(
     steps: int,
     json_out: Path | None,
 ) -> None:
-    """Measure a row for each recipe, print each as it comes, and write them as JSON where asked.
+    """Measure a row for each recipe, print each as it comes and a table of all, and write them as JSON where asked.
 
     A recipe that fails is a row with its error.
 
@@ -104,7 +104,8 @@ def bench_train(
     import torch
 
     from cogcache.bench.recipes import DEFAULT_RECIPES, RECIPES
-    from cogcache.bench.train import FailedRow, RowSettings, rows
+    from cogcache.bench.train import FailedRow, RowSettings, StepRow, rows
+    from cogcache.bench.train_table import reference_seconds, row_values, train_table
     from cogcache.streamed import lock_pages_in_threads
 
     lock_pages_in_threads()
@@ -115,18 +116,19 @@ def bench_train(
     if not torch.cuda.is_available():
         raise ConfigError("a training step of real size is measured on a GPU, and there is none.")
     shape = str(parse_bucket(bucket)) if bucket else _OWN[family]
-    facts, found, reference = machine_facts(), list[dict[str, object]](), None
+    facts, found = machine_facts(), list[StepRow | FailedRow]()
     out = console()
     out.print(f"{facts['gpu']}, commit {facts['commit']}: {family}, {shape}, batch {batch_size}, rank {rank}")
     for row in rows([RowSettings(name, family, shape, batch_size, rank, steps) for name in names]):
-        found.append(asdict(row))
+        found.append(row)
         if isinstance(row, FailedRow):
             out.print(f"{row.recipe}: failed: {row.failed}", markup=False)
         else:
-            reference = row.step_s if row.recipe == "reference" else reference
-            out.print(_told(row, reference), markup=False)
+            out.print(_told(row, reference_seconds(found)), markup=False)
         # after each, so that nothing is lost if the next one is stopped
-        write_figures(json_out, facts, {"family": family, "bucket": shape, "rank": rank, "rows": found})
+        result = {"family": family, "bucket": shape, "rank": rank, "rows": row_values(found)}
+        write_figures(json_out, facts, result)
+    out.print(train_table(found))
 
 
 def _told(row: StepRow, reference: float | None) -> str:

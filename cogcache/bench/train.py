@@ -61,11 +61,12 @@ class StepRow:
 
     ``predicted_*`` is what the planner expects; no time where the GPU is not one that it knows, and nothing for group
     offloading, which it does not know.
-    ``first_step_s`` holds the compilation.
+    ``first_step_s`` holds the compilation. ``steps`` were timed, ``step_s`` is their mean.
     """
 
     recipe: str
     batch_size: int
+    steps: int
     step_s: float
     predicted_s: float | None
     peak_gib: float
@@ -141,7 +142,15 @@ def measure_step(settings: RowSettings) -> StepRow:
     seconds = (time.perf_counter() - started) / settings.steps
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     return StepRow(
-        settings.recipe, settings.batch_size, seconds, predicted_s, peak, predicted_gib, first, loss
+        recipe=settings.recipe,
+        batch_size=settings.batch_size,
+        steps=settings.steps,
+        step_s=seconds,
+        predicted_s=predicted_s,
+        peak_gib=peak,
+        predicted_gib=predicted_gib,
+        first_step_s=first,
+        loss=loss,
     )
 
 
