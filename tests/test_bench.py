@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +49,47 @@ def test_load_writes_every_row_with_its_share_of_raw(tmp_path: Path) -> None:
     assert "Waiting for data: 4/4" in done.stderr
     assert found["facts"]["cores"] >= 1
     assert found["facts"]["versions"]["torch"]
+
+
+def test_facts_name_the_versions_of_what_is_installed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = "decord"
+
+    def version(name: str) -> str:
+        if name == gone:
+            raise metadata.PackageNotFoundError(name)
+        return metadata.version(name)
+
+    monkeypatch.setattr(facts, "metadata", SimpleNamespace(**{**vars(metadata), "version": version}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found: Any = facts.machine_facts()["versions"]
+    for name in ("torch", "diffusers", "peft", "transformers", "accelerate", "av"):
+        assert found[name] == metadata.version(name)
+    assert not {gone, "CUDA", "cuDNN", "driver"} & set(found)
+    code = (
+        "from cogcache.bench.facts import machine_facts as f; f(); import sys; print('LOADED', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"peft", "transformers", "accelerate", "av", "decord"} & set(done.stdout.split())
+
+
+def test_facts_of_a_gpu_name_its_software(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for ``nvidia-smi``, and then without any."""
+    script = tmp_path / "nvidia-smi"
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = --query-gpu=driver_version ] && printf "580.95.05\\n580.95.05\\n"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    found: Any = facts.machine_facts()["versions"]
+    assert (found["CUDA"], found["cuDNN"], found["driver"]) == ("13.0", "91900", "580.95.05")
+    script.unlink()
+    found = facts.machine_facts()["versions"]
+    assert "CUDA" in found
+    assert "driver" not in found
 
 
 def test_random_cache_holds_real_shapes(tmp_path: Path) -> None:

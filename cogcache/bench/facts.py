@@ -7,16 +7,24 @@ import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from cogcache.cores import usable_cores
 
 __all__ = ["machine_facts"]
 
-_PACKAGES = ("cogcache", "torch", "diffusers", "numpy", "safetensors", "zarr", "fsspec", "s3fs")
+_PACKAGES = (
+    *("cogcache", "torch", "diffusers", "transformers", "accelerate", "peft", "av", "decord"),
+    *("numpy", "safetensors", "zarr", "fsspec", "s3fs"),
+)
 
 
 def machine_facts() -> dict[str, object]:
-    """Date, commit, processor, cores this process may use, GPU, versions. Unknown ones are None."""
+    """Date, commit, processor, cores this process may use, GPU, versions. Unknown ones are None.
+
+    Versions are those of what is installed and, with a GPU, of CUDA, cuDNN and the driver; others are left out.
+    """
+    packages = {name: _version(name) for name in _PACKAGES}
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
@@ -24,7 +32,7 @@ def machine_facts() -> dict[str, object]:
         "cores": usable_cores(),
         "gpu": _gpu(),
         "python": platform.python_version(),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "versions": {name: version for name, version in {**packages, **_gpu_versions()}.items() if version},
     }
 
 
@@ -57,6 +65,26 @@ def _gpu() -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _gpu_versions() -> dict[str, str | None]:
+    """Of CUDA and cuDNN as torch has them, and of the driver; nothing without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    cudnn: Any = torch.backends.cudnn
+    found = cudnn.version()  # 91900 is 9.19.0
+    return {"CUDA": torch.version.cuda, "cuDNN": str(found) if found else None, "driver": _driver()}
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.partition("\n")[0].strip()  # a line for each GPU
 
 
 def _version(name: str) -> str | None:
