@@ -61,6 +61,7 @@ def test_facts_name_the_versions_of_what_is_installed_alone(monkeypatch: pytest.
 
     monkeypatch.setattr(facts, "metadata", SimpleNamespace(**{**vars(metadata), "version": version}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")  # torch is built for GPUs, and there is none
     found: Any = facts.machine_facts()["versions"]
     for name in ("torch", "diffusers", "peft", "transformers", "accelerate", "av"):
         assert found[name] == metadata.version(name)
