@@ -8,11 +8,12 @@ from math import prod
 
 from cogcache.geometry import Bucket
 from cogcache.planner.subject import Clips, Model
+from cogcache.planner.target import Target
+from cogcache.precompute.choose_tiling import must_tile
 from cogcache.train.memory.gpus import CARDS
-from cogcache.train.memory.speed import Rates
 from cogcache.variants import Variant
 
-__all__ = ["Disk", "disk_of", "encode_seconds"]
+__all__ = ["Disk", "disk_of", "encode_seconds", "encodes_in_tiles"]
 
 _ENTRY = 2700
 """Bytes of an entry in tar shards beside its values: headers, facts, index (records/2026-11-22-formats.md)."""
@@ -20,8 +21,12 @@ _ZSTD = {"latents": 0.613, "text": 0.731, "images": 0.79}
 """What zstd leaves of random values (the same record); real ones compress rather better."""
 
 _CLIP = Bucket(49, 480, 720)
-_CLIP_S, _FRAME_S, _CAPTION_S = 0.311, 0.0114, 1 / 145
-"""A clip, a first frame and a caption on an H200 (records/2026-11-22-encoding.md; captions: eight at once)."""
+_CLIP_S, _FRAME_S, _CAPTION_S = 0.311, 0.0114, 1 / 152
+"""A clip and a first frame, untiled, on an H200 (records/2026-11-22-encoding.md), and a caption of 226 tokens, 32 at
+once (records/2026-11-29-one-gpu.md).
+"""
+_TILED = 2.68 / 1.70
+"""How much longer it takes in tiles: clips/s of one run untiled and tiled (records/2026-11-29-one-gpu.md)."""
 _H200_LINEAR = CARDS[0].rates.linear
 
 
@@ -63,18 +68,25 @@ def disk_of(variant: Variant, clips: Clips, image_draws: int) -> Disk:
     )
 
 
-def encode_seconds(model: Model, clips: Clips, image_draws: int, rates: Rates | None) -> float | None:
-    """What the GPU needs to encode ``clips`` untiled; None where the VAE or the GPU is not known.
+def encodes_in_tiles(model: Model, clips: Clips, target: Target) -> bool:
+    """Whether ``encode`` would have to work in tiles there; where the VAE is not known, it is taken not to."""
+    # With the encoder's kernels, as encode's times are. The VAE is published in the transformer's dtype.
+    return model.usual_vae and must_tile(clips.buckets, model.dtype, target.free.device, kernels=True)
+
+
+def encode_seconds(model: Model, clips: Clips, image_draws: int, target: Target) -> float | None:
+    """What the GPU needs to encode ``clips``, in tiles where it must; None where the VAE or the GPU is not known.
 
     It scales with pixels and with the GPU's matrix products. Reading the videos is the CPU's work beside it.
     """
-    if rates is None or not model.usual_vae:
+    if target.rates is None or not model.usual_vae:
         return None
+    longer = _TILED if encodes_in_tiles(model, clips, target) else 1
     frames = _draws(model.variant, image_draws) * _FRAME_S / (_CLIP.height * _CLIP.width)
     pixels = _over(clips, lambda bucket: bucket.volume) * _CLIP_S / _CLIP.volume
     firsts = _over(clips, lambda bucket: bucket.height * bucket.width) * frames
     captions = sum(clips.buckets.values()) * _CAPTION_S
-    return (pixels + firsts + captions) * _H200_LINEAR / rates.linear
+    return (longer * (pixels + firsts) + captions) * _H200_LINEAR / target.rates.linear
 
 
 def _draws(variant: Variant, image_draws: int) -> int:

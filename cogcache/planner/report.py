@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cogcache.config import TrainConfig
-from cogcache.planner.costs import disk_of, encode_seconds
+from cogcache.planner.costs import disk_of, encode_seconds, encodes_in_tiles
 from cogcache.planner.subject import Clips, Model
 from cogcache.planner.target import Target
 from cogcache.train.flops import Flops, StepFlops
@@ -102,7 +102,8 @@ def _target(
         "times_are": "measured rates" if target.measured else "estimates",
         "auto": taken.tier if taken else None,
         "tiers": [_tier(forecast, target, job.config) for forecast in forecasts],
-        "encode_s": encode_seconds(model, clips, image_draws, target.rates) if clips.stored is None else 0.0,
+        "encode_s": encode_seconds(model, clips, image_draws, target) if clips.stored is None else 0.0,
+        "encode_tiled": clips.stored is None and encodes_in_tiles(model, clips, target),
         "run_s": _run_seconds(taken, job) if taken else None,
     }
 

@@ -130,7 +130,8 @@ def _cards(targets: Sequence[Mapping[str, Any]]) -> str:
                 f"{host / 2**30:.1f}",
                 "-" if taken["seconds"] is None else f"{taken['seconds']:.2f}",
                 duration_text(target["run_s"]),
-                duration_text(target["encode_s"]),
+                duration_text(target["encode_s"])
+                + " (tiled)" * bool(target["encode_s"] and target["encode_tiled"]),
             ]
         )
     return aligned(rows)
@@ -154,9 +155,10 @@ def _times(plan: Mapping[str, Any]) -> str:
     lines = []
     if target["encode_s"]:
         many = counted(clips["total"], "clip") if clips["total"] else "one clip of each bucket"
+        how = " in tiles, since whole pictures do not fit," if target["encode_tiled"] else ""
         lines.append(
-            f"Encoding {many} keeps the GPU busy for {duration_text(target['encode_s'])}; reading the videos may take "
-            "longer."
+            f"Encoding {many}{how} keeps the GPU busy for {duration_text(target['encode_s'])}; reading the videos may "
+            "take longer."
         )
     if target["run_s"] is not None:
         epochs = f", {clips['epochs']:.1f} epochs" if clips["epochs"] is not None else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from cogcache.models import torch_dtype
 from cogcache.precompute.fused import has_kernels
 from cogcache.precompute.stages import RESULTS_WAITING
 
-__all__ = ["choose_tiling", "untiled_bytes"]
+__all__ = ["choose_tiling", "must_tile", "untiled_bytes"]
 
 # Peak of untiled bf16 encoding at 480x720 whatever the frame count, since the encoder works through 8 frames at a
 # time: with our kernels and with diffusers' encoder. Measured on an H200 (benchmarks/records/2026-11-22-encoding.md).
@@ -25,7 +25,11 @@ def choose_tiling(wanted: str, buckets: Sequence[Bucket], dtype: str, device: to
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
-    kernels = has_kernels(device)
+    return must_tile(buckets, dtype, free, kernels=has_kernels(device))
+
+
+def must_tile(buckets: Iterable[Bucket], dtype: str, free: int, *, kernels: bool) -> bool:
+    """Whether clips of some bucket would not fit into ``free`` bytes of GPU memory untiled; ``kernels`` as below."""
     return max(untiled_bytes(bucket, dtype, kernels=kernels) for bucket in buckets) > free
 
 

@@ -22,9 +22,11 @@ from typer.testing import CliRunner
 from cogcache.bench.random_cache import random_cache, real_variant
 from cogcache.cli import app, run
 from cogcache.errors import CogcacheError, ConfigError
+from cogcache.geometry import parse_bucket
 from cogcache.planner.run import PlanRequest, make_plan
 from cogcache.planner.subject import family_model
 from cogcache.planner.text import duration_text
+from cogcache.precompute.choose_tiling import untiled_bytes
 from cogcache.tiny import Family
 from cogcache.tiny.families import FAMILIES
 from cogcache.train.memory.measures import TIERS
@@ -103,6 +105,27 @@ def test_first_frames_are_for_image_to_video() -> None:
     more, _ = make_plan(PlanRequest(family="5b-i2v", clips=10, image_draws=8))
     assert more["targets"][0]["encode_s"] > plan["targets"][0]["encode_s"]
     assert more["disk"]["eight_bit"] < more["disk"]["together"]
+
+
+def test_encoding_is_planned_in_tiles_where_encode_would_tile() -> None:
+    """1.5-5B's pictures take 19 GiB untiled; tiled it takes 1.58 times as long, captions as long as ever."""
+    found = {}
+    for gib in (16, 24):
+        request = PlanRequest(family="1.5-5b", clips=100, gpu_memory=gib, gpu_tflops=165)
+        found[gib], text = make_plan(request)
+        target = found[gib]["targets"][0]
+        free = target["gpu_free"]
+        bucket = parse_bucket(found[gib]["clips"]["buckets"][0]["bucket"])
+        assert (untiled_bytes(bucket, "bfloat16", kernels=True) > free) is (gib == 16)
+        assert target["encode_tiled"] is (gib == 16)
+        assert ("Encoding 100 clips in tiles, since whole" in text) is (gib == 16)
+    captions = 100 / 152 * 989.5 / 165
+    small, large = (found[gib]["targets"][0]["encode_s"] - captions for gib in (16, 24))
+    assert small == pytest.approx(large * 2.68 / 1.70)
+    _, cards = make_plan(PlanRequest(family="1.5-5b"))
+    tiled = [line.split("(")[1][:5] for line in cards.splitlines() if line.endswith("(tiled)")]
+    assert tiled == ["12 GB", "16 GB"]  # on 8 GB nothing fits
+    assert "(tiled)" not in make_plan(PlanRequest(family="5b"))[1]
 
 
 def test_typical_cards_where_there_is_no_gpu() -> None:
