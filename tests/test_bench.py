@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -17,8 +17,9 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from typer.testing import CliRunner
 
-from cogcache.bench import facts, frozen
+from cogcache.bench import facts, frozen, run_encode
 from cogcache.bench import train as bench_train
+from cogcache.bench.encode import TextRow
 from cogcache.bench.random_cache import random_cache, real_variant
 from cogcache.bench.real import real_config
 from cogcache.bench.recipes import DEFAULT_RECIPES, RECIPES
@@ -265,6 +266,32 @@ def test_encoding_is_measured_beside_the_reference(tmp_path: Path, monkeypatch: 
     assert errors["ours bfloat16"] == pytest.approx(errors["diffusers bfloat16"], rel=0.2)
     assert errors["ours bfloat16, tiled"] > errors["ours bfloat16"]
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path != videos]  # caches are gone
+
+
+def test_figures_of_encoding_are_written_as_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is cut off keeps what it has measured."""
+    monkeypatch.setattr(frozen, "REAL_VAE", {})
+    monkeypatch.setattr(frozen, "REAL_TEXT", {})
+    videos = make_videos(tmp_path / "videos", 2, Size(96, 160), frames=40)
+    out = tmp_path / "x.json"
+
+    def cut_off(*_: object) -> Iterator[TextRow]:
+        assert len(json.loads(out.read_text())["accuracy"]) == 5
+        yield TextRow("one by one", 2, 1.0, 0.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_encode, "text_rows", cut_off)
+    request: dict[str, Any] = {"data_root": videos, "clips": 2, "bucket": "9x64x96", "device": "cpu"}
+    request |= {"workers": None, "captions": 2, "text_batch_size": 2, "work": tmp_path, "json_out": out}
+    with pytest.raises(KeyboardInterrupt):
+        run_encode.bench_encode(parts="untiled,accuracy,text", **request)
+    found = json.loads(out.read_text())
+    assert [row["recipe"] for row in found["clips"]] == ["untiled"]
+    assert len(found["accuracy"]) == 5
+    assert [row["recipe"] for row in found["text"]] == ["one by one"]
+    assert found["facts"]["cores"] >= 1
 
 
 def test_encoding_refuses_what_it_cannot_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

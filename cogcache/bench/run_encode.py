@@ -41,7 +41,7 @@ def bench_encode(
     work: Path,
     json_out: Path | None,
 ) -> None:
-    """Measure what ``parts`` names, print tables, and write the figures as JSON where asked.
+    """Measure what ``parts`` names, print tables, and write the figures as JSON where asked, anew after each row.
 
     Raises:
         ConfigError: if a part is not known, or no videos can be made here and none are given.
@@ -57,15 +57,18 @@ def bench_encode(
     with TemporaryDirectory(dir=work) as scratch:
         root = frozen.model_folder(Path(scratch) / "model")
         job = Job(root, videos, Path(scratch), parse_bucket(bucket), pick_device(device), workers)
-        found["clips"] = list(_clip_rows(job, paths, wanted))
-        _tell(found["clips"])
+        measured = {"clips": _clip_rows(job, paths, wanted)}
         if "accuracy" in wanted:
-            found["accuracy"] = list(_rows(accuracy(job, paths[0])))
-            _tell(found["accuracy"])
+            measured["accuracy"] = _rows(accuracy(job, paths[0]))
         if "text" in wanted:
-            found["text"] = list(_text_rows(job, captions, text_batch_size))
-            _tell(found["text"])
-    write_figures(json_out, facts, found)
+            measured["text"] = _text_rows(job, captions, text_batch_size)
+        for name, rows in measured.items():
+            found[name] = []
+            for row in rows:
+                found[name].append(row)
+                # after each, so that nothing is lost if the next one is stopped
+                write_figures(json_out, facts, found)
+            _tell(found[name])
 
 
 def _parts(text: str) -> set[str]:
