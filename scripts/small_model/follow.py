@@ -1,6 +1,6 @@
 """How well the small models follow their captions: generate scenes they never saw, and read them back.
 
-    python scripts/small_model/follow.py WORK [--kinds t2v t2v-1.5] [--prompts 40] [--json FILE]
+    python scripts/small_model/follow.py WORK [--kinds t2v t2v-1.5] [--prompts 40] [--guidance 2 6] [--json FILE]
 
 WORK/models is what ``make.py`` made. A video is read by comparing it with what the made-up world would show: of
 the scenes that differ from the caption in one word, the one nearest to the video says which word was followed. Prints
@@ -10,6 +10,7 @@ for each kind of word how often it was that of the caption, beside chance.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -50,13 +51,16 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["t2v", "t2v-1.5"])
     parser.add_argument("--prompts", type=int, choices=range(1, FULL["held_out"] + 1), default=FULL["held_out"],
                         metavar="NUMBER", help=f"at most {FULL['held_out']}, the default")  # fmt: skip
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[GUIDANCE], help="one or several; default: 6"
+    )
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    scenes, found = unseen(given.prompts), {}
-    for kind in given.kinds:
-        videos = np.concatenate(list(generate(given.work / "models" / kind, scenes)))
-        found[kind] = shares(scenes, videos)
-        print(kind, *(f"{word} {share:.0%}" for word, share in found[kind].items()), sep="  ", flush=True)
+    scenes, found = unseen(given.prompts), dict[str, dict[str, dict[str, float]]]()
+    for kind, guidance in itertools.product(given.kinds, given.guidance):
+        videos = np.concatenate(list(generate(given.work / "models" / kind, scenes, guidance)))
+        row = found.setdefault(kind, {})[f"guidance {guidance:g}"] = shares(scenes, videos)
+        print(kind, guidance, *(f"{word} {share:.0%}" for word, share in row.items()), sep="  ", flush=True)
     print("chance", *(f"{word} {1 / len(values):.0%}" for word, values in WORDS.items()), sep="  ")
     if given.json:
         given.json.write_text(json.dumps({"prompts": given.prompts, "followed": found}, indent=2) + "\n")
@@ -68,20 +72,20 @@ def unseen(count: int) -> list[Scene]:
     return [replace(scene, seed=SEED + number) for number, scene in enumerate(held_out[:count])]
 
 
-def generate(model: Path, scenes: Sequence[Scene]) -> Iterator[Any]:
+def generate(model: Path, scenes: Sequence[Scene], guidance: float) -> Iterator[Any]:
     """Videos of the scenes' captions, uint8 [B, F, H, W, 3], scene number N with seed N."""
     import diffusers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with quiet_libraries():
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32).to(device)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     for first in range(0, len(scenes), BATCH):
         some = scenes[first : first + BATCH]
         seeds = [torch.Generator().manual_seed(first + number) for number in range(len(some))]
         frames = pipe(
             prompt=[scene.caption for scene in some], num_frames=FRAMES, height=HEIGHT, width=WIDTH,
-            num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=seeds, output_type="np",
+            num_inference_steps=STEPS, guidance_scale=guidance, generator=seeds, output_type="np",
         ).frames  # fmt: skip
         yield (np.asarray(frames) * 255).round().astype(np.uint8)
 

@@ -103,22 +103,34 @@ def calibrate(vae: Any, clips_bfhwc: Tensor, device: torch.device, scaling_facto
 def train_text(
     encoder: Any, tokenizer: Any, captions: Sequence[str], device: torch.device, *, steps: int, batch: int
 ) -> None:
-    """Teach it to tell masked words from those around them, so that its embeddings know the sentence."""
+    """Teach it what a caption says: to tell masked words, and at every position, padding too, all words of the caption.
+
+    By masked words alone, words that no other word hints at, as colours, end as all but the same, each at its own
+    position, and a transformer of few layers does not learn to look there. A large T5 spreads meaning by itself.
+    """
     encoder.requires_grad_(True).train().to(device)
-    ids = tokenizer(list(captions), padding=True, return_tensors="pt").input_ids.to(device)
+    ids = tokenizer(list(captions), padding="max_length", return_tensors="pt").input_ids.to(device)
     mask_id = tokenizer.convert_tokens_to_ids("<extra_id_0>")
-    head = nn.Linear(encoder.config.d_model, len(tokenizer)).to(device)
+    masked_head, all_head = (nn.Linear(encoder.config.d_model, len(tokenizer)).to(device) for _ in range(2))
 
     def draw() -> Tensor:
         return ids[torch.randint(len(ids), (batch,), device=device)]
 
     def loss(rows: Tensor) -> Tensor:
         hidden = (torch.rand(rows.shape, device=device) < MASKED) & (rows != tokenizer.pad_token_id)
-        seen = torch.where(hidden, mask_id, rows)
-        logits = head(encoder(seen)[0])
-        return functional.cross_entropy(logits[hidden], rows[hidden])
+        seen = encoder(torch.where(hidden, mask_id, rows))[0]
+        masked = functional.cross_entropy(masked_head(seen[hidden]), rows[hidden])
+        known = encoder(rows)[0]
+        words = functional.one_hot(rows, len(tokenizer)).amax(1).float()
+        words[:, tokenizer.pad_token_id] = 0
+        every = functional.cross_entropy(
+            all_head(known).transpose(1, 2),
+            (words / words.sum(1, keepdim=True))[:, :, None].expand(-1, -1, rows.shape[1]),
+        )
+        return masked + every
 
-    _optimise("text", [*encoder.parameters(), *head.parameters()], draw, loss, steps, lr=1e-3)
+    heads = [*masked_head.parameters(), *all_head.parameters()]
+    _optimise("text", [*encoder.parameters(), *heads], draw, loss, steps, lr=1e-3)
     encoder.requires_grad_(False).eval()
 
 
