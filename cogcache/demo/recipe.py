@@ -112,5 +112,7 @@ def choose_recipe(family: Family | None, task: Task | None, steps: int | None) -
             f"there is no {task} model of family {start}.",
             f"Leave --task out, or choose --family {' or '.join(_OF_TASK[task or 't2v'])}.",
         )
-    kind = _SMALL.get(chosen) if (WEIGHTS / "vae").is_dir() else None
+    kind = _SMALL.get(chosen)
+    if kind and not (WEIGHTS / kind).is_dir():
+        kind = None
     return Recipe(chosen, kind, steps or (150 if kind else 60))

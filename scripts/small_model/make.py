@@ -58,6 +58,9 @@ def main() -> None:
     parser.add_argument("--footage", type=Path, action="append", default=[])
     parser.add_argument("--pictures", type=Path, help="folder of pictures for the VAE; default: none")
     parser.add_argument(
+        "--vae", type=Path, help="folder of a VAE that is trained already, as cogcache/small/weights/vae"
+    )
+    parser.add_argument(
         "--kinds",
         nargs="*",
         choices=KINDS,
@@ -72,7 +75,7 @@ def main() -> None:
     given = parser.parse_args()
     plan, work = {**(QUICK if given.quick else FULL), **dict(given.changes)}, given.work
     part(work / "clips", lambda out: make_clips(out, plan, given.footage))
-    part(work / "shared", lambda out: make_shared(out, work / "clips", given.pictures, plan))
+    part(work / "shared", lambda out: make_shared(out, work / "clips", given.pictures, given.vae, plan))
     for kind in given.kinds:
         part(work / "start" / kind, lambda out, kind=kind: make_start(out, work, kind))
         make_shards(work, kind)
@@ -128,21 +131,31 @@ def kinds_to_show(scenes: torch.Tensor, film: torch.Tensor, pictures: Path | Non
     return [kind for kind in (known, still, moving, still, moving, still, moving, still) if len(kind)]
 
 
-def make_shared(out: Path, clips: Path, pictures: Path | None, plan: dict[str, int]) -> None:
-    """VAE, tokenizer and text encoder, float32, with what they reach."""
+def make_shared(
+    out: Path, clips: Path, pictures: Path | None, trained: Path | None, plan: dict[str, int]
+) -> None:
+    """VAE, tokenizer and text encoder, float32, with what they reach.
+
+    Args:
+        trained: Folder of a VAE that is taken as it is.
+    """
     from diffusers import AutoencoderKLCogVideoX
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
     torch.manual_seed(0)
     facts = small_facts("t2v")
     scenes, film = (read(clips / "train", pattern) for pattern in ("[0-9]*.mp4", "footage-*.mp4"))
-    vae = AutoencoderKLCogVideoX(**facts.vae())
-    kinds = kinds_to_show(scenes, film, pictures)
-    for phase, frames in (("pictures", 1), ("vae", FRAMES)):  # of pictures, 17 times as many in the time
-        size = (frames, 64, 96)
-        train_vae(vae, kinds, DEVICE, steps=plan[phase], batch=plan[f"{phase}_batch"], crop=size)
-    some = torch.cat([kind[:: max(1, len(kind) // 32)] for kind in (scenes, film) if len(kind)])
-    reached: dict[str, Any] = {"spread_of_latents": calibrate(vae, some, DEVICE, facts.scaling_factor)}
+    reached: dict[str, Any] = {}
+    if trained:
+        vae = AutoencoderKLCogVideoX.from_pretrained(trained, dtype=torch.float32).to(DEVICE)
+    else:
+        vae = AutoencoderKLCogVideoX(**facts.vae())
+        kinds = kinds_to_show(scenes, film, pictures)
+        for phase, frames in (("pictures", 1), ("vae", FRAMES)):  # of pictures, 17 times as many in the time
+            size = (frames, 64, 96)
+            train_vae(vae, kinds, DEVICE, steps=plan[phase], batch=plan[f"{phase}_batch"], crop=size)
+        some = torch.cat([kind[:: max(1, len(kind) // 32)] for kind in (scenes, film) if len(kind)])
+        reached["spread_of_latents"] = calibrate(vae, some, DEVICE, facts.scaling_factor)
     for name in ("held_out", "held_out_film"):
         reached[f"psnr_db_{name}"] = mean(psnr(vae, read(clips / name, "*.mp4"), DEVICE))
     if len(film):
