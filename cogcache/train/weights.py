@@ -22,12 +22,14 @@ from torch import Tensor
 
 from cogcache.tensorfile import read_tensor_header
 
-__all__ = ["read_weights", "weight_files"]
+__all__ = ["STAGED", "read_weights", "weight_files"]
 
 _STEM = "diffusion_pytorch_model"  # diffusers.utils.SAFETENSORS_WEIGHTS_NAME
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _THREADS = 8
 _BUFFER = 32 << 20
+STAGED = _THREADS * _BUFFER
+"""Bytes of host memory at most, on the way to a GPU."""
 CPU = torch.device("cpu")
 
 

@@ -30,6 +30,7 @@ from cogcache.train.memory.measures import TIERS, Measures
 from cogcache.train.memory.speed import Rates, microbatch_seconds, update_seconds
 from cogcache.train.memory.workload import Workload, workload_of
 from cogcache.train.model import add_lora, load_transformer
+from cogcache.train.weights import STAGED
 from cogcache.variants import Variant, read_variant
 
 Models = Callable[[Family], Path]
@@ -183,6 +184,17 @@ def test_dora_takes_much_more(tiny_models: Models) -> None:
     assert 2.2 < kept[1] / kept[0] < 2.6
     assert estimate(dora, TIERS["small"]).device > estimate(load, TIERS["small"]).device + 14 * load.unit
     assert estimate(dora, None).device > estimate(load, None).device + 11 * load.unit
+
+
+def test_weights_are_counted_on_the_host_only_where_they_stay_there(tiny_models: Models) -> None:
+    _, load = workload(tiny_models)
+    _, dora = workload(tiny_models, dora=True)
+    whole = load.blocks + load.others + load.trained
+    for measures in (None, TIERS["fast"], TIERS["balanced"]):
+        assert estimate(load, measures).loading == STAGED
+        assert estimate(dora, measures).loading > whole
+    for tier in ("small", "tiny"):
+        assert whole < estimate(load, TIERS[tier]).loading <= whole + load.blocks
 
 
 def test_without_checkpointing_everything_is_kept(tiny_models: Models) -> None:

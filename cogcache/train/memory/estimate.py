@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from cogcache.train.memory.host import locked_size, pool_size
 from cogcache.train.memory.measures import Measures
 from cogcache.train.memory.workload import Workload
+from cogcache.train.weights import STAGED
 
 __all__ = ["Estimate", "Need", "estimate"]
 
@@ -69,7 +70,7 @@ class Estimate:
     """Peak of a step by component, bytes; on the host all of it is page-locked.
 
     Attributes:
-        loading: Host memory while the weights are read, which are on the host until they find their place.
+        loading: Host memory while the weights are read.
     """
 
     device_parts: Mapping[str, int]
@@ -114,8 +115,15 @@ def estimate(
     update = {**fixed, "gradients": gradients, "working_set": min(temporary, load.trained)}
     peak = max((begin, end, update), key=lambda parts: sum(parts.values()))
     every = dict.fromkeys([*fixed, "gradients", *_KEPT, "working_set"], 0)
-    weights = load.blocks + load.others + load.trained
-    return Estimate({**every, **peak}, _host(load, how), weights + load.blocks // load.layers)
+    return Estimate({**every, **peak}, _host(load, how), _loading(load, how))
+
+
+def _loading(load: Workload, how: Measures) -> int:
+    """On the host while weights are read: all of them where blocks stay there, and for DoRA, whose first magnitudes are
+    made of them."""
+    if how.weights == "host" or load.dora:
+        return load.blocks + load.others + load.trained + load.blocks // load.layers
+    return STAGED
 
 
 _KEPT = ("block_inputs", "attention_outputs", "activations")
