@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +25,18 @@ ROOT = Path(__file__).parent.parent.parent
 def recipe(name: str) -> SimpleNamespace:
     """A script of ``scripts/small_model``, imported."""
     return SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "small_model" / f"{name}.py")))
+
+
+@contextmanager
+def recipe_modules(*names: str) -> Iterator[dict[str, ModuleType]]:
+    """Modules of the recipe by name, in an order in which they can be imported; they see each other as scripts do."""
+    sys.path.insert(0, str(ROOT / "scripts" / "small_model"))
+    try:
+        yield {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.pop(0)
+        for name in names:
+            sys.modules.pop(name, None)
 
 
 def random_work(work: Path) -> Path:

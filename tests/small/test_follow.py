@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from small_kit import recipe_modules
 
 from cogcache.small import render
 
-SCRIPTS = Path(__file__).parent.parent.parent / "scripts" / "small_model"
-
 
 @pytest.fixture(scope="module")
-def follow() -> Iterator[ModuleType]:
-    names = ("windows", "clips", "shown", "networks", "pictures", "make", "follow")
-    sys.path.insert(0, str(SCRIPTS))
-    yield [importlib.import_module(name) for name in names][-1]
-    sys.path.remove(str(SCRIPTS))
-    for name in names:
-        del sys.modules[name]
+def scripts() -> Iterator[dict[str, ModuleType]]:
+    with recipe_modules("windows", "clips", "shown", "networks", "pictures", "make", "follow") as modules:
+        yield modules
 
 
-def test_scenes_to_measure_by_were_not_learned_from(follow: ModuleType) -> None:
-    plan = importlib.import_module("make").FULL
-    learned, _ = importlib.import_module("clips").choose_scenes(plan["clips"], plan["held_out"])
-    chosen = follow.unseen(40)
+@pytest.fixture
+def follow(scripts: dict[str, ModuleType]) -> ModuleType:
+    return scripts["follow"]
+
+
+def test_scenes_to_measure_by_were_not_learned_from(scripts: dict[str, ModuleType]) -> None:
+    plan = scripts["make"].FULL
+    learned, _ = scripts["clips"].choose_scenes(plan["clips"], plan["held_out"])
+    chosen = scripts["follow"].unseen(40)
     assert len({scene.caption for scene in chosen}) == 40
     assert not {scene.caption for scene in chosen} & {scene.caption for scene in learned}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import itertools
 import json
@@ -11,6 +10,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from small_kit import recipe_modules
 
 from cogcache.errors import StorageError
 from cogcache.hashing import file_sha256
@@ -31,14 +32,9 @@ TRAILER = "bunny/trailer_bbb.mp4"
 
 
 @pytest.fixture(scope="module")
-def scripts() -> Any:
-    """The recipe's modules by name."""
-    names = ("windows", "packages", "clips", "pictures", "footage")
-    sys.path.insert(0, str(SCRIPTS))
-    yield {name: importlib.import_module(name) for name in names}
-    sys.path.remove(str(SCRIPTS))
-    for name in names:
-        del sys.modules[name]
+def scripts() -> Iterator[dict[str, ModuleType]]:
+    with recipe_modules("windows", "packages", "clips", "pictures", "footage") as modules:
+        yield modules
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,22 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_kit import recipe_modules
 
 from cogcache.mp4 import write_mp4
 
-SCRIPTS = Path(__file__).parent.parent.parent / "scripts" / "small_model"
 SIZE = (5, 16, 24)
 
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, ModuleType]]:
-    """The recipe's modules by name."""
-    names = ("windows", "pictures", "shown")
-    sys.path.insert(0, str(SCRIPTS))
-    yield {name: importlib.import_module(name) for name in names}
-    sys.path.remove(str(SCRIPTS))
-    for name in names:
-        del sys.modules[name]
+    with recipe_modules("windows", "pictures", "shown") as modules:
+        yield modules
 
 
 @pytest.fixture(autouse=True)
