@@ -22,7 +22,7 @@ from cogcache.demo.run import CLIPS
 from cogcache.demo.show import Clip, Generation, Show
 from cogcache.errors import ConfigError
 from cogcache.inspect.gallery import allowed
-from cogcache.small import small_model
+from cogcache.small import KINDS, small_model
 from cogcache.tiny import Family
 
 sys.path.insert(0, str(Path(__file__).parent / "small"))
@@ -107,8 +107,11 @@ def pictures(page: str) -> list[Image.Image]:
 
 
 def test_which_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "vae").mkdir()
     monkeypatch.setattr(recipes, "WEIGHTS", tmp_path)
+    (tmp_path / "vae").mkdir()
+    assert choose_recipe(None, None, None) == Recipe("5b", None, 60)  # a VAE alone generates nothing
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
     assert choose_recipe(None, None, None) == Recipe("5b", "t2v", 150)
     assert choose_recipe(None, "i2v", 7) == Recipe("5b-i2v", "i2v", 7)
     assert choose_recipe("1.5-5b", None, None).kind == "t2v-1.5"
