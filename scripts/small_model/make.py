@@ -182,7 +182,7 @@ def mean(values: list[float]) -> float:
 
 
 def make_start(out: Path, work: Path, kind: Kind) -> None:
-    """A model folder whose transformer is new; that of image-to-video begins as the text-to-video one that is done."""
+    """A model folder whose transformer is new."""
     import diffusers
     from diffusers import CogVideoXTransformer3DModel
     from transformers import AutoTokenizer, T5EncoderModel
@@ -193,8 +193,6 @@ def make_start(out: Path, work: Path, kind: Kind) -> None:
     wanted = facts.vae()
     vae.register_to_config(**{name: wanted[name] for name in ("scaling_factor", "invert_scale_latents")})
     transformer = CogVideoXTransformer3DModel(**facts.transformer())
-    if facts.image_to_video:
-        begin_from(transformer, work / "models" / "t2v" / "transformer")
     pipeline = getattr(diffusers, facts.pipeline)(
         tokenizer=AutoTokenizer.from_pretrained(shared / "tokenizer"),
         text_encoder=T5EncoderModel.from_pretrained(shared / "text_encoder"),
@@ -206,20 +204,6 @@ def make_start(out: Path, work: Path, kind: Kind) -> None:
         pipeline.save_pretrained(out)
     shutil.rmtree(out / "tokenizer")
     shutil.copytree(shared / "tokenizer", out / "tokenizer")
-
-
-def begin_from(transformer: Any, folder: Path) -> None:
-    """Take over all weights; those of the image's channels begin at zero."""
-    from safetensors.torch import load_file
-
-    own = transformer.state_dict()
-    for name, tensor in load_file(next(folder.glob("*.safetensors"))).items():
-        if own[name].shape == tensor.shape:
-            own[name] = tensor.float()
-        else:
-            own[name] = torch.zeros_like(own[name])
-            own[name][:, : tensor.shape[1]] = tensor.float()
-    transformer.load_state_dict(own)
 
 
 def make_shards(work: Path, kind: Kind) -> None:
@@ -239,7 +223,7 @@ def train(work: Path, kind: Kind, plan: dict[str, int]) -> None:
         return
     command("train", "--training-type", "full", "--shards", work / "shards" / kind, "--model", work / "start" / kind,
             "--output", out, "--resume", "latest", "--steps", plan[kind], "--batch-size", plan["batch"],
-            "--lr", "1e-3" if kind != "i2v" else "5e-4", "--lr-scheduler", "cosine",
+            "--lr", "1e-3", "--lr-scheduler", "cosine",
             "--warmup-steps", max(1, plan[kind] // 50), "--caption-dropout", "0.1", "--checkpoint-every", "1000",
             "--keep-checkpoints", "1", "--log-every", max(1, plan[kind] // 100),
             "--no-gradient-checkpointing", *COMPILE, "--workers", min(8, os.cpu_count() or 1),
