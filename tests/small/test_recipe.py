@@ -41,7 +41,7 @@ def test_the_recipe_makes_models_that_load(tmp_path: Path) -> None:
         ("t2v-1.5", CogVideoXPipeline),
         ("i2v", CogVideoXImageToVideoPipeline),
     ):
-        loaded = pipeline.from_pretrained(models / kind, torch_dtype=torch.float32)
+        loaded = pipeline.from_pretrained(models / kind, dtype=torch.float32)
         assert loaded.transformer.config.num_layers == 8
     assert loaded.transformer.config.in_channels == 32
 
