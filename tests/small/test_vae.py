@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from behaviour_kit import psnr
 
 from cogcache.demo.run import CLIPS
 from cogcache.geometry import Size
@@ -34,10 +35,6 @@ def rebuilt(vae: torch.nn.Module, clip_fhwc: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
     return decoded[0].clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
-
-
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / np.square(one.astype(float) - other.astype(float)).mean()))
 
 
 def test_scenes_come_back(vae: torch.nn.Module) -> None:
