@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from cogcache.bench import facts, frozen, run_encode
 from cogcache.bench import train as bench_train
+from cogcache.bench.card import cap_gpu_memory
 from cogcache.bench.encode import TextRow
 from cogcache.bench.random_cache import random_cache, real_variant
 from cogcache.bench.real import real_config
@@ -223,8 +224,9 @@ def test_training_rows_end_in_a_table_beside_the_reference(
         assert name in headings
 
 
-def test_group_offloading_is_measured_only_where_asked_for() -> None:
+def test_comparisons_are_measured_only_where_asked_for() -> None:
     assert set(RECIPES) - set(DEFAULT_RECIPES) == {
+        "plain-compiled",
         "group-offload",
         "group-offload-block",
         "plain-group-offload",
@@ -284,7 +286,15 @@ def test_figures_of_encoding_are_written_as_they_come(
 
     monkeypatch.setattr(run_encode, "text_rows", cut_off)
     request: dict[str, Any] = {"data_root": videos, "clips": 2, "bucket": "9x64x96", "device": "cpu"}
-    request |= {"workers": None, "captions": 2, "text_batch_size": 2, "work": tmp_path, "json_out": out}
+    request |= {
+        "fps": 8.0,
+        "gpu_memory": None,
+        "workers": None,
+        "captions": 2,
+        "text_batch_size": 2,
+        "work": tmp_path,
+        "json_out": out,
+    }
     with pytest.raises(KeyboardInterrupt):
         run_encode.bench_encode(parts="untiled,accuracy,text", **request)
     found = json.loads(out.read_text())
@@ -298,3 +308,41 @@ def test_encoding_refuses_what_it_cannot_measure(tmp_path: Path, capsys: pytest.
     assert run(["bench", "encode", "--parts", "tiled,speed", "--work", str(tmp_path / "work")]) == 2
     assert "'speed'" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "encode"])
+def test_memory_is_limited_only_on_a_gpu_that_has_as_much(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "bench",
+        command,
+        "--gpu-memory",
+        "12",
+        *(["--work", str(tmp_path)] if command == "encode" else []),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(words) == 2
+    assert "there is none" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    card = SimpleNamespace(total_memory=8 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(facts, "_driver", lambda: None)
+    assert run(words) == 2
+    assert "8.0 GiB" in capsys.readouterr().err
+
+
+def test_memory_is_limited_to_its_share_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=48 * 2**30)
+    )
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit))
+    cap_gpu_memory(12)
+    assert limits == [(0.25, 0), (0.25, 1)]
+    cap_gpu_memory(None)
+    assert len(limits) == 2

@@ -13,6 +13,16 @@ bench_app = typer.Typer(
     help="Measure on this machine, side by side with what others do.", no_args_is_help=True
 )
 
+GpuMemory = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GIB",
+        help="Take no more than so much of the GPU, to see what a smaller one would do: 11 for a card of 12, of which "
+        "CUDA and a screen take some.",
+        min=0.5,
+    ),
+]
+
 
 @bench_app.command("load")
 def _load(
@@ -80,12 +90,14 @@ def _train(
         typer.Option(
             metavar="NAMES",
             help="Rows, joined by commas. By default: reference (float32 base under bfloat16 autocast, fully "
-            "checkpointed), plain (the same with a bfloat16 base), fast, balanced, small, tiny. Besides, diffusers' "
-            "group offloading with streams: group-offload and group-offload-block (the reference's, by leaves and by "
-            "blocks) and plain-group-offload. A row that fails is reported and ends nothing.",
+            "checkpointed), plain (the same with a bfloat16 base), fast, balanced, small, tiny. Besides, "
+            "plain-compiled, and diffusers' group offloading with streams: group-offload and group-offload-block (the "
+            "reference's, by leaves and by blocks) and plain-group-offload. A row that fails is reported and ends "
+            "nothing.",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps timed, after two that are not.", min=1)] = 4,
+    gpu_memory: GpuMemory = None,
     json_out: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write all figures with the machine's facts."),
@@ -106,6 +118,7 @@ def _train(
         rank=rank,
         recipes=recipes,
         steps=steps,
+        gpu_memory=gpu_memory,
         json_out=json_out,
     )
 
@@ -120,6 +133,7 @@ def _encode(
     ] = None,
     clips: Annotated[int, typer.Option(help="Videos made; without --data-root.", min=1)] = 48,
     bucket: Annotated[str, typer.Option(metavar="FxHxW", help="Clip shape.")] = "49x480x720",
+    fps: Annotated[float, typer.Option(help="Frames a second of the clips.", min=1)] = 8.0,
     parts: Annotated[
         str,
         typer.Option(help="What is measured, joined by commas: reference, untiled, tiled, text, accuracy."),
@@ -130,6 +144,7 @@ def _encode(
     ] = None,
     captions: Annotated[int, typer.Option(help="Captions embedded.", min=1)] = 256,
     text_batch_size: Annotated[int, typer.Option(help="Captions embedded at once.", min=1)] = 32,
+    gpu_memory: GpuMemory = None,
     work: Annotated[
         Path, typer.Option(help="Folder for videos, which are kept, and for caches, which are not.")
     ] = Path("bench"),
@@ -151,11 +166,13 @@ def _encode(
         data_root=data_root,
         clips=clips,
         bucket=bucket,
+        fps=fps,
         parts=parts,
         device=device,
         workers=workers,
         captions=captions,
         text_batch_size=text_batch_size,
+        gpu_memory=gpu_memory,
         work=work,
         json_out=json_out,
     )

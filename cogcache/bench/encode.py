@@ -46,9 +46,9 @@ class Job:
     work: Path
     bucket: Bucket
     device: torch.device
+    fps: float
     workers: int | None = None
     dtype: str = "bfloat16"
-    fps: float = 8.0
 
 
 @dataclass(frozen=True)

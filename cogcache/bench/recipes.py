@@ -17,11 +17,13 @@ class Recipe:
     Attributes:
         autocast: Hold the base in float32 and run it under bfloat16 autocast, as the published trainers do. Else it
             is held in the dtype of the published weights.
+        compiled: Compile diffusers' own blocks, where ``measures`` leaves them.
         measures: Of the blocks; None leaves them diffusers' own, fully checkpointed.
         offload: The level of diffusers' group offloading, where that is used.
     """
 
     autocast: bool = False
+    compiled: bool = False
     measures: Measures | None = None
     offload: Level | None = None
 
@@ -29,6 +31,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "reference": Recipe(autocast=True),
     "plain": Recipe(),
+    "plain-compiled": Recipe(compiled=True),
     **{tier: Recipe(measures=measures) for tier, measures in TIERS.items()},
     "group-offload": Recipe(autocast=True, offload="leaf_level"),
     "group-offload-block": Recipe(autocast=True, offload="block_level"),

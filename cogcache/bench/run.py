@@ -89,6 +89,7 @@ def bench_train(
     rank: int,
     recipes: str | None,
     steps: int,
+    gpu_memory: float | None,
     json_out: Path | None,
 ) -> None:
     """Measure a row for each recipe, print each as it comes and a table of all, and write them as JSON where asked.
@@ -97,12 +98,14 @@ def bench_train(
 
     Args:
         recipes: Names joined by commas; None takes those that are no mere comparison.
+        gpu_memory: GiB that a row may take, None for all there are.
 
     Raises:
         ConfigError: if a recipe is not known, or there is no GPU.
     """
     import torch
 
+    from cogcache.bench.card import cap_gpu_memory
     from cogcache.bench.recipes import DEFAULT_RECIPES, RECIPES
     from cogcache.bench.train import FailedRow, RowSettings, StepRow, rows
     from cogcache.bench.train_table import reference_seconds, row_values, train_table
@@ -116,17 +119,21 @@ def bench_train(
     if not torch.cuda.is_available():
         raise ConfigError("a training step of real size is measured on a GPU, and there is none.")
     shape = str(parse_bucket(bucket)) if bucket else _OWN[family]
+    cap_gpu_memory(gpu_memory)  # here to refuse; each row does it for itself
     facts, found = machine_facts(), list[StepRow | FailedRow]()
     out = console()
     out.print(f"{facts['gpu']}, commit {facts['commit']}: {family}, {shape}, batch {batch_size}, rank {rank}")
-    for row in rows([RowSettings(name, family, shape, batch_size, rank, steps) for name in names]):
+    for row in rows(
+        [RowSettings(name, family, shape, batch_size, rank, steps, gpu_memory) for name in names]
+    ):
         found.append(row)
         if isinstance(row, FailedRow):
             out.print(f"{row.recipe}: failed: {row.failed}", markup=False)
         else:
             out.print(_told(row, reference_seconds(found)), markup=False)
         # after each, so that nothing is lost if the next one is stopped
-        result = {"family": family, "bucket": shape, "rank": rank, "rows": row_values(found)}
+        result = {"family": family, "bucket": shape, "rank": rank, "gpu_memory_gib": gpu_memory}
+        result["rows"] = row_values(found)
         write_figures(json_out, facts, result)
     out.print(train_table(found))
 

@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from cogcache.bench import frozen
+from cogcache.bench.card import cap_gpu_memory
 from cogcache.bench.encode import Job, accuracy, our_row, reference_row, text_rows
 from cogcache.bench.facts import machine_facts
 from cogcache.bench.output import write_figures
@@ -33,30 +34,34 @@ def bench_encode(
     data_root: Path | None,
     clips: int,
     bucket: str,
+    fps: float,
     parts: str,
     device: str,
     workers: int | None,
     captions: int,
     text_batch_size: int,
+    gpu_memory: float | None,
     work: Path,
     json_out: Path | None,
 ) -> None:
     """Measure what ``parts`` names, print tables, and write the figures as JSON where asked, anew after each row.
 
     Raises:
-        ConfigError: if a part is not known, or no videos can be made here and none are given.
+        ConfigError: if a part is not known, the GPU has less than ``gpu_memory`` GiB, or no videos can be made here
+            and none are given.
         CogcacheError: as ``encode``.
     """
     wanted = _parts(parts)
+    cap_gpu_memory(gpu_memory)
     work.mkdir(parents=True, exist_ok=True)
     videos = data_root or make_videos(work / "videos", clips)
     paths = [item.path for item in find_clips(videos, "auto", False)]
     facts = machine_facts()
     say(f"{facts['gpu'] or facts['cpu']}, {facts['cores']} cores, commit {facts['commit']}, {bucket}")
-    found: dict[str, Any] = {"bucket": bucket, "videos": len(paths)}
+    found: dict[str, Any] = {"bucket": bucket, "videos": len(paths), "gpu_memory_gib": gpu_memory}
     with TemporaryDirectory(dir=work) as scratch:
         root = frozen.model_folder(Path(scratch) / "model")
-        job = Job(root, videos, Path(scratch), parse_bucket(bucket), pick_device(device), workers)
+        job = Job(root, videos, Path(scratch), parse_bucket(bucket), pick_device(device), fps, workers)
         measured = {"clips": _clip_rows(job, paths, wanted)}
         if "accuracy" in wanted:
             measured["accuracy"] = _rows(accuracy(job, paths[0]))
@@ -92,9 +97,8 @@ def _clip_rows(job: Job, paths: list[Path], wanted: Collection[str]) -> Iterator
                     if name == "reference"
                     else our_row(job, tiled=name == "tiled")
                 )
-        except CogcacheError as error:
-            say(f"{name}: {error.message}")
-            yield {"recipe": name, "failed": error.message}
+        except (CogcacheError, torch.OutOfMemoryError) as error:
+            yield _failed(name, error)
             continue
         reference = row.clips_per_s if name == "reference" else reference
         ratio = row.clips_per_s / reference if reference else None
@@ -107,11 +111,21 @@ def _text_rows(job: Job, captions: int, batch: int) -> Iterator[dict[str, Any]]:
     sizes = {"one by one": 1, f"batches of {batch}": batch}
     for offloaded in (False, True):
         with _device_emptied():
-            text = frozen.real_text(job.root, "bfloat16", 226, job.device, offloaded=offloaded)
             if offloaded:
                 sizes = {f"batches of {batch}, weights streamed": batch}
-            yield from _rows(text_rows(text, job.device, captions, sizes))
-            del text
+            try:
+                text = frozen.real_text(job.root, "bfloat16", 226, job.device, offloaded=offloaded)
+                yield from _rows(text_rows(text, job.device, captions, sizes))
+                del text
+            except (CogcacheError, torch.OutOfMemoryError) as error:
+                yield _failed(", ".join(sizes), error)
+
+
+def _failed(recipe: str, error: Exception) -> dict[str, Any]:
+    """A row that has no figures; the error's first line says why."""
+    reason = str(error).partition("\n")[0]
+    say(f"{recipe}: {reason}")
+    return {"recipe": recipe, "failed": reason}
 
 
 def _rows(rows: Iterator[Any]) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cogcache.bench.card import cap_gpu_memory
 from cogcache.bench.group_offload import offload_groups
 from cogcache.bench.real import real_transformer
 from cogcache.bench.recipes import RECIPES, Recipe
@@ -32,6 +33,7 @@ from cogcache.train.memory.blocks import install
 from cogcache.train.memory.estimate import estimate
 from cogcache.train.memory.gpus import find_card
 from cogcache.train.memory.speed import microbatch_seconds, update_seconds
+from cogcache.train.memory.stock import compile_blocks
 from cogcache.train.memory.workload import workload_of
 from cogcache.train.model import add_lora, trainable
 from cogcache.train.objective import loss_per_sample, padded_frames
@@ -45,7 +47,8 @@ _WARM_UP = 2
 
 @dataclass(frozen=True)
 class RowSettings:
-    """One row: ``recipe`` is a name of :data:`~cogcache.bench.recipes.RECIPES`."""
+    """One row: ``recipe`` is a name of :data:`~cogcache.bench.recipes.RECIPES`; ``gpu_memory`` in GiB is the most that
+    it may take."""
 
     recipe: str
     family: Family
@@ -53,6 +56,7 @@ class RowSettings:
     batch_size: int
     rank: int
     steps: int
+    gpu_memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ def _reason(stderr: str, code: int) -> str:
 
 def measure_step(settings: RowSettings) -> StepRow:
     """Time optimizer steps and take their peak of memory, which only a GPU tells."""
+    cap_gpu_memory(settings.gpu_memory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = RECIPES[settings.recipe]
     native = torch.float16 if settings.family == "2b" else torch.bfloat16
@@ -166,6 +171,8 @@ def _prepare(transformer: Any, config: TrainConfig, recipe: Recipe, device: torc
     add_lora(transformer, config)
     if recipe.measures is None:
         transformer.enable_gradient_checkpointing()
+        if recipe.compiled:
+            compile_blocks(transformer)
         for parameter in trainable(transformer).values():
             parameter.data = parameter.data.to(device)
     else:
@@ -188,9 +195,9 @@ def _predicted(
     seconds = None
     if card:
         flops = step_flops(transformer, variant, bucket, size, measures)
-        seconds = microbatch_seconds(load, flops, measures, card.rates)
+        seconds = microbatch_seconds(load, flops, measures, card.rates, compiled=recipe.compiled)
         seconds += update_seconds(load, measures, card.rates)
-    return seconds, estimate(load, measures).device / 2**30
+    return seconds, estimate(load, measures, compiled=recipe.compiled).device / 2**30
 
 
 def _bucket(settings: RowSettings) -> Bucket:

@@ -39,7 +39,7 @@ ENCODERS = min(8, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 
 TRAININGS = len(KINDS) if torch.cuda.is_available() else 1
 """At once: such a small transformer is bound by the thread that launches it and leaves most of a GPU idle."""
 FULL = {
-    "clips": 2600, "held_out": 40, "text": 1000,
+    "clips": 2600, "held_out": 40, "text": 2000,
     "pictures": 5000, "pictures_batch": 64, "vae": 6300, "vae_batch": 8,
     "t2v": 8000, "i2v": 6000, "t2v-1.5": 8000, "batch": 64,
 }  # fmt: skip

@@ -57,15 +57,18 @@ def with_lora(
 
 
 def losses(transformer: Any, root: Path, steps: int) -> Iterator[Tensor]:
-    """Losses [2] of some microbatches. What is drawn is float32 and the same for every transformer."""
-    variant, scheduler = read_variant(root), load_scheduler(root)
+    """Losses [2] of some microbatches, on the transformer's device.
+
+    What is drawn is float32, from the CPU, and the same for every transformer.
+    """
+    variant, scheduler, device = read_variant(root), load_scheduler(root), transformer.device
     shape = variant.latent_shape(variant.sample_frames, variant.default_size)
     c, f, h, w = shape
     for step in range(steps):
         source = torch.Generator().manual_seed(step)
 
         def normal(*shape: int, source: torch.Generator = source) -> Tensor:
-            return torch.randn(shape, generator=source)
+            return torch.randn(shape, generator=source).to(device)
 
         yield loss_per_sample(
             transformer,
@@ -73,7 +76,7 @@ def losses(transformer: Any, root: Path, steps: int) -> Iterator[Tensor]:
             normal(2, 2 * c, f, h, w),
             normal(2, variant.text_length, variant.text_dim),
             noise_bpchw=normal(2, padded_frames(f, variant.patch_size_t), c, h, w),
-            timesteps_b=torch.tensor([(100 + 37 * step) % 1000, 900]),
+            timesteps_b=torch.tensor([(100 + 37 * step) % 1000, 900], device=device),
             variant=variant,
             posterior_noise_bcfhw=normal(2, c, f, h, w),
             image_latents_bcfhw=normal(2, c, 1, h, w) if variant.task == "i2v" else None,
