@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from cogcache.bench import frozen
 from cogcache.bench.card import cap_gpu_memory
-from cogcache.bench.encode import Job, accuracy, our_row, reference_row, text_rows
+from cogcache.bench.encode import ClipRow, Job, accuracy, our_row, reference_row, text_rows
 from cogcache.bench.facts import machine_facts
 from cogcache.bench.output import write_figures
 from cogcache.bench.video_clips import make_videos
@@ -89,21 +90,24 @@ def _clip_rows(job: Job, paths: list[Path], wanted: Collection[str]) -> Iterator
     for name in ("reference", "untiled", "tiled"):
         if name not in wanted:
             continue
-        try:
-            with _device_emptied():
-                # The reference is slow and the same for every clip.
-                row = (
-                    reference_row(job, paths[:8])
-                    if name == "reference"
-                    else our_row(job, tiled=name == "tiled")
-                )
-        except (CogcacheError, torch.OutOfMemoryError) as error:
-            yield _failed(name, error)
+        with _device_emptied():  # around what catches errors, too, for those hold what was on the device
+            row = _clip_row(job, paths, name)
+        if isinstance(row, dict):
+            yield row
             continue
         reference = row.clips_per_s if name == "reference" else reference
         ratio = row.clips_per_s / reference if reference else None
         say(f"{name}: {row.clips_per_s:.2f} clips/s, GPU busy {row.gpu_busy:.0%}, {row.peak_gib:.2f} GiB")
         yield {**asdict(row), "ratio": ratio}
+
+
+def _clip_row(job: Job, paths: list[Path], name: str) -> ClipRow | dict[str, Any]:
+    try:
+        if name == "reference":
+            return reference_row(job, paths[:8])  # it is slow, and the same for every clip
+        return our_row(job, tiled=name == "tiled")
+    except (CogcacheError, torch.OutOfMemoryError) as error:
+        return _failed(name, error)
 
 
 def _text_rows(job: Job, captions: int, batch: int) -> Iterator[dict[str, Any]]:
@@ -118,12 +122,15 @@ def _text_rows(job: Job, captions: int, batch: int) -> Iterator[dict[str, Any]]:
                 yield from _rows(text_rows(text, job.device, captions, sizes))
                 del text
             except (CogcacheError, torch.OutOfMemoryError) as error:
-                yield _failed(", ".join(sizes), error)
+                failed = _failed(", ".join(sizes), error)
+            else:
+                continue
+        yield failed
 
 
 def _failed(recipe: str, error: Exception) -> dict[str, Any]:
-    """A row that has no figures; the error's first line says why."""
-    reason = str(error).partition("\n")[0]
+    """A row that has no figures; the error's first sentence says why."""
+    reason = re.split(r"(?<=\.)\s", str(error), maxsplit=1)[0]
     say(f"{recipe}: {reason}")
     return {"recipe": recipe, "failed": reason}
 
