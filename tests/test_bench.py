@@ -20,13 +20,14 @@ from typer.testing import CliRunner
 from cogcache.bench import facts, frozen, run_encode
 from cogcache.bench import train as bench_train
 from cogcache.bench.card import cap_gpu_memory
-from cogcache.bench.encode import TextRow
+from cogcache.bench.encode import Accuracy, ClipRow, TextRow
 from cogcache.bench.random_cache import random_cache, real_variant
 from cogcache.bench.real import real_config
 from cogcache.bench.recipes import DEFAULT_RECIPES, RECIPES
 from cogcache.bench.video_clips import make_videos
 from cogcache.cache.reader import CacheReader
 from cogcache.cli import app, run
+from cogcache.errors import ModelError
 from cogcache.geometry import Size
 from cogcache.tiny import Family
 from cogcache.train.model import load_transformer
@@ -237,8 +238,7 @@ def test_encoding_is_measured_beside_the_reference(tmp_path: Path, monkeypatch: 
     """With tiny encoders on the CPU in place of the real ones; the way of the clips is encode's own."""
     monkeypatch.setattr(frozen, "REAL_VAE", {})
     monkeypatch.setattr(frozen, "REAL_TEXT", {})
-    videos = make_videos(tmp_path / "videos", 8, Size(96, 160), frames=40)
-    assert len({path.read_bytes() for path in videos.glob("*.mp4")}) == 8
+    videos = make_videos(tmp_path / "videos", 3, Size(96, 160), frames=40)
     words = ["bench", "encode", "--data-root", str(videos), "--bucket", "9x64x96", "--device", "cpu"]
     words += [
         "--captions",
@@ -254,9 +254,9 @@ def test_encoding_is_measured_beside_the_reference(tmp_path: Path, monkeypatch: 
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "x.json").read_text())
     assert [(row["recipe"], row["clips"]) for row in found["clips"]] == [
-        ("reference", 8),
-        ("untiled", 8),
-        ("tiled", 8),
+        ("reference", 3),
+        ("untiled", 3),
+        ("tiled", 3),
     ]
     for row in found["clips"]:
         assert row["clips_per_s"] == pytest.approx(row["clips"] / row["seconds"])
@@ -268,6 +268,41 @@ def test_encoding_is_measured_beside_the_reference(tmp_path: Path, monkeypatch: 
     assert errors["ours bfloat16"] == pytest.approx(errors["diffusers bfloat16"], rel=0.2)
     assert errors["ours bfloat16, tiled"] > errors["ours bfloat16"]
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path != videos]  # caches are gone
+
+
+def test_no_two_videos_are_equal(tmp_path: Path) -> None:
+    videos = make_videos(tmp_path / "videos", 8, Size(96, 160), frames=2)
+    assert len({path.read_bytes() for path in videos.glob("*.mp4")}) == 8
+
+
+def test_a_row_that_does_not_fit_the_memory_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's own error, and what ``encode`` makes of it; the next row is measured."""
+    monkeypatch.setattr(frozen, "REAL_VAE", {})
+    monkeypatch.setattr(frozen, "REAL_TEXT", {})
+    videos = make_videos(tmp_path / "videos", 1, Size(96, 160), frames=40)
+
+    def row(_: object, *, tiled: bool) -> ClipRow:
+        if not tiled:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 TiB. Much else.")
+        return ClipRow("tiled", 1, 1.0, 1.0, 0.5, 0.5, 0.0, 0.0)
+
+    def text(*_: object, offloaded: bool, **__: object) -> Any:
+        if not offloaded:
+            raise ModelError("T5 does not fit.")
+
+    monkeypatch.setattr(run_encode, "our_row", row)
+    monkeypatch.setattr(frozen, "real_text", text)
+    monkeypatch.setattr(run_encode, "text_rows", lambda *_: iter([TextRow("streamed", 2, 1.0, 0.0)]))
+    out = tmp_path / "x.json"
+    words = ["bench", "encode", "--data-root", videos, "--device", "cpu", "--work", tmp_path, "--json", out]
+    assert run([*map(str, words), "--parts", "untiled,tiled,text"]) == 0
+    found = json.loads(out.read_text())
+    assert found["clips"][0] == {"recipe": "untiled", "failed": "CUDA out of memory."}
+    assert found["clips"][1]["recipe"] == "tiled"
+    assert found["text"][0] == {"recipe": "one by one, batches of 32", "failed": "T5 does not fit."}
+    assert found["text"][1]["recipe"] == "streamed"
 
 
 def test_figures_of_encoding_are_written_as_they_come(
@@ -284,6 +319,7 @@ def test_figures_of_encoding_are_written_as_they_come(
         yield TextRow("one by one", 2, 1.0, 0.0)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(run_encode, "accuracy", lambda *_: iter([Accuracy("ours", 0.01)] * 5))
     monkeypatch.setattr(run_encode, "text_rows", cut_off)
     request: dict[str, Any] = {"data_root": videos, "clips": 2, "bucket": "9x64x96", "device": "cpu"}
     request |= {

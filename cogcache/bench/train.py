@@ -108,7 +108,6 @@ def _reason(stderr: str, code: int) -> str:
 
 def measure_step(settings: RowSettings) -> StepRow:
     """Time optimizer steps and take their peak of memory, which only a GPU tells."""
-    cap_gpu_memory(settings.gpu_memory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = RECIPES[settings.recipe]
     native = torch.float16 if settings.family == "2b" else torch.bfloat16
@@ -118,6 +117,8 @@ def measure_step(settings: RowSettings) -> StepRow:
     config = TrainConfig(shards=Path("unused"), rank=settings.rank)
     set_matmul_precision(device, native)
     _prepare(transformer, config, recipe, device)
+    # Not before: the model was made on the GPU whole, where training reads it in parts.
+    cap_gpu_memory(settings.gpu_memory)
     predicted_s, predicted_gib = _predicted(transformer, variant, recipe, settings, native)
     on_host = recipe.measures is not None and recipe.measures.optimizer == "host"
     optimizer = make_optimizer(config, trainable(transformer), on_host=on_host)

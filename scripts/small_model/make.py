@@ -36,12 +36,12 @@ from cogcache.tiny.tokenizer import write_tokenizer
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPILE = ["--compile"] if torch.cuda.is_available() else []
 ENCODERS = min(8, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 1
-TRAININGS = len(KINDS) if torch.cuda.is_available() else 1
-"""At once: such a small transformer is bound by the thread that launches it and leaves most of a GPU idle."""
+TOGETHER = len(KINDS) if torch.cuda.is_available() else 1
+"""Kinds made at once: so small a transformer is bound by the thread that launches it and leaves most of a GPU idle."""
 FULL = {
     "clips": 2600, "held_out": 40, "text": 2000,
     "pictures": 5000, "pictures_batch": 64, "vae": 6300, "vae_batch": 8,
-    "t2v": 8000, "i2v": 6000, "t2v-1.5": 8000, "batch": 64,
+    "t2v": 9000, "i2v": 6000, "t2v-1.5": 8000, "batch": 64,
 }  # fmt: skip
 QUICK = {
     "clips": 24, "held_out": 4, "text": 3,
@@ -78,11 +78,8 @@ def main() -> None:
     part(work / "shared", lambda out: make_shared(out, work / "clips", given.pictures, given.vae, plan))
     for kind in given.kinds:
         part(work / "start" / kind, lambda out, kind=kind: make_start(out, work, kind))
-        make_shards(work, kind)
-    with ThreadPoolExecutor(TRAININGS) as pool:
-        list(pool.map(lambda kind: train(work, kind, plan), given.kinds))
-    for kind in given.kinds:
-        part(work / "models" / kind, lambda out, kind=kind: finish(out, work, kind))
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        list(pool.map(lambda kind: make_kind(work, kind, plan), given.kinds))
 
 
 def setting(text: str) -> tuple[str, int]:
@@ -179,6 +176,13 @@ def read(folder: Path, pattern: str) -> torch.Tensor:
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def make_kind(work: Path, kind: Kind, plan: dict[str, int]) -> None:
+    """From a new transformer to a complete model."""
+    make_shards(work, kind)
+    train(work, kind, plan)
+    part(work / "models" / kind, lambda out: finish(out, work, kind))
 
 
 def make_start(out: Path, work: Path, kind: Kind) -> None:

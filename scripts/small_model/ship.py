@@ -2,7 +2,8 @@
 
     python scripts/small_model/ship.py WORK [--out cogcache/small/weights]
 
-Takes WORK/models and WORK/shared/reached.json. What is there is replaced, but for the model card.
+Takes WORK/models and WORK/shared/reached.json. What is there is replaced, but for the model card; where there is none
+it is the package's.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ def replace(out: Path, files: dict[str, bytes]) -> None:
     for name, data in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(data)
+    if not (out / MODEL_CARD).exists():
+        shutil.copy(WEIGHTS / MODEL_CARD, out)
 
 
 if __name__ == "__main__":

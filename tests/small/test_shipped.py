@@ -26,6 +26,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights(work: Path) -> Path:
     out = work.parent / "weights"
     recipe("ship").ship(work, out)
+    assert (out / "MODEL_CARD.md").is_file()  # the package's, without which no model can be made of them
     (out / "MODEL_CARD.md").write_text("# The card\n")
     return out
 

@@ -46,10 +46,10 @@ class _Passes:
 
 _COMPILED, _EAGER = _Passes(73, 63), _Passes(338, 292)
 """Passes over a block's tokens. What is computed again counts as another forward pass."""
-_PLAIN_COMPILED = _Passes(81, 70)
-"""diffusers' own blocks compiled: a prototype's step took 2.83 s where eager blocks took 3.71 (one run on one H200, 5B
-at 49x480x720, full checkpointing; in no record). Of the eager blocks' 968 passes that leaves 232, dealt as those are.
-Taken for full training and without checkpointing, too, where it was not measured.
+_PLAIN_COMPILED = _Passes(102, 88)
+"""diffusers' own blocks compiled, fully checkpointed (``benchmarks/records/2026-11-29-one-gpu.md``): 292 of the eager
+blocks' 968 passes, dealt as those are. Taken for full training and without checkpointing, too, where it was not
+measured.
 """
 _UPDATE_PASSES = 12
 """Clipping and AdamW, over the trained parameters."""
