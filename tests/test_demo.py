@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -79,26 +80,40 @@ def test_demo_runs_for_every_family(tmp_path: Path, family: Family) -> None:
 def test_the_small_model_is_taken_and_shown_side_by_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its weights are random here, and few steps are done: what it takes is what is looked at."""
+    """Its weights are random here, and few steps are done: what it takes is what is looked at. By image-to-video, which
+    takes most."""
     recipe("ship").ship(random_work(tmp_path / "work"), tmp_path / "weights")
     (tmp_path / "weights" / "MODEL_CARD.md").write_text("# The card\n")
     monkeypatch.setattr(recipes, "WEIGHTS", tmp_path / "weights")
     monkeypatch.setitem(small_model.__kwdefaults__, "weights", tmp_path / "weights")
-    usual = Recipe("1.5-5b", "t2v-1.5", 1)
-    few, short = {**usual.infer(), "steps": 1}, {**usual.encode(), "frames": 9}
+    usual = Recipe("5b-i2v", "i2v", 1)
+    few, short = {**usual.infer(), "steps": 1}, {**usual.encode(), "image_draws": 1}
     monkeypatch.setattr(Recipe, "infer", lambda _: few)
     monkeypatch.setattr(Recipe, "encode", lambda _: short)
     monkeypatch.setattr(Recipe, "shown", (2,))
+    monkeypatch.setattr("cogcache.demo.run.CLIPS", first_clips(tmp_path / "clips", 3))
     output = tmp_path / "demo"
-    assert run(["demo", "--output", str(output), "--family", "1.5-5b", "--task", "t2v", "--steps", "1"]) == 0
+    assert run(["demo", "--output", str(output), "--task", "i2v", "--steps", "1"]) == 0
     assert (output / "model" / "README.md").read_text() == "# The card\n"
     assert len(list(output.glob("lora-*.mp4"))) == len(list(output.glob("base-*.mp4"))) == 2
     page = (output / "demo.html").read_text("utf-8")
-    assert "small 1.5-5b model with trained weights" in page
+    assert "small 5b-i2v model with trained weights" in page
+    assert len(list(output.glob("first-frame-*.png"))) == 1
     found = pictures(page)
     assert [picture.format for picture in found] == ["WEBP"] * 6 + ["PNG"]
     assert {picture.size for picture in found[:-1]} == {(144, 96)}
-    assert getattr(found[0], "n_frames", 1) == 9  # equal frames, which random weights may make, would be one
+    assert getattr(found[0], "n_frames", 1) == 17  # equal frames, which random weights may make, would be one
+
+
+def first_clips(folder: Path, count: int) -> Path:
+    """A data root of some of the demo's clips."""
+    (folder / "videos").mkdir(parents=True)
+    for name in ("videos.txt", "prompts.txt"):
+        lines = (CLIPS / name).read_text("utf-8").splitlines()[:count]
+        (folder / name).write_text("\n".join(lines), "utf-8")
+    for video in (folder / "videos.txt").read_text("utf-8").splitlines():
+        shutil.copy(CLIPS / video, folder / video)
+    return folder
 
 
 def pictures(page: str) -> list[Image.Image]:

@@ -18,7 +18,7 @@ GpuMemory = Annotated[
     typer.Option(
         metavar="GIB",
         help="Take no more than so much of the GPU, to see what a smaller one would do: 11 for a card of 12, of which "
-        "CUDA and a screen take some.",
+        "CUDA and a screen take some. For training from the first step on, since the model is made whole before.",
         min=0.5,
     ),
 ]

@@ -80,9 +80,9 @@ class Recipe:
         if not self.kind:
             return {"rank": 16, "alpha": 8, "lr": 2e-3}
         return {
-            "rank": 32,
-            "alpha": 32,
-            "lr": 2e-3,
+            "rank": 64,
+            "alpha": 64,
+            "lr": 4e-3,
             "lr_scheduler": "cosine",
             "batch_size": 4,
             "target_modules": ["attention+ff"],

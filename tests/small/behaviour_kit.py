@@ -144,7 +144,7 @@ class Behaviour:
 
         videos = np.load(self._made(f"videos-{alpha}.npy", generate_all))
         # Where on its way a shape begins is the seed's affair, of which no caption tells: the middle is expected.
-        return [Generated(scene, frames) for scene, frames in zip(map(_middle, scenes), videos, strict=True)]
+        return [Generated(scene, frames) for scene, frames in zip(map(middle, scenes), videos, strict=True)]
 
     def wrong(self, factor: float) -> Path:
         """The long LoRA's file, saying another alpha."""
@@ -203,7 +203,8 @@ def _say_alpha(lora: Path, out: Path, factor: float) -> None:
     save_file(load_file(lora), out, {**told, "lora_adapter_metadata": json.dumps(settings)})
 
 
-def _middle(scene: Scene) -> Scene:
+def middle(scene: Scene) -> Scene:
+    """The same scene with its way through the middle of the picture."""
     from dataclasses import replace
 
     seeds = range(1000)

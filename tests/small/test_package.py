@@ -6,10 +6,23 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from small_kit import recipe
 
+from cogcache.small import KINDS
 from cogcache.small.shipped import MODEL_CARD, SHARED, WEIGHTS
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_weights_are_small_and_whole() -> None:
+    """The package's own: what ``ship.py`` checks as it writes them."""
+    found = {
+        path.relative_to(WEIGHTS).as_posix(): path.read_bytes()
+        for path in WEIGHTS.rglob("*")
+        if path.is_file()
+    }
+    recipe("ship").check(found)
+    assert {f"{kind}/transformer/diffusion_pytorch_model.safetensors" for kind in KINDS} <= found.keys()
 
 
 def test_the_wheel_takes_the_weights() -> None:
