@@ -290,6 +290,7 @@ def test_waiting_counts_only_while_the_device_has_nothing_to_do(
 
     def slow() -> int:
         assert device.wait_started(1)
+        time.sleep(0.2)  # until it is asked for
         clock[0] += 3600.0
         return 1
 
