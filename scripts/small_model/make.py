@@ -35,9 +35,10 @@ from cogcache.tiny.tokenizer import write_tokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPILE = ["--compile"] if torch.cuda.is_available() else []
-ENCODERS = min(8, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 1
 TOGETHER = len(KINDS) if torch.cuda.is_available() else 1
 """Kinds made at once: so small a transformer is bound by the thread that launches it and leaves most of a GPU idle."""
+ENCODERS = max(1, min(8, (os.cpu_count() or 1) // (2 * TOGETHER))) if torch.cuda.is_available() else 1
+"""Processes that encode for each kind: two cores for each."""
 FULL = {
     "clips": 2600, "held_out": 40, "text": 2000,
     "pictures": 5000, "pictures_batch": 64, "vae": 6300, "vae_batch": 8,
