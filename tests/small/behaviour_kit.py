@@ -25,7 +25,7 @@ from cogcache.small.concept import Concept, choose_concept, write_concept
 from cogcache.small.shapes import COLOURS, position
 
 RANK, ALPHA = 32, 8.0
-SHORT, LONG = (150, 4, 2e-3), (300, 8, 4e-3)
+SHORT, LONG = (100, 4, 2e-3), (300, 8, 4e-3)
 """Steps, batch and learning rate. The short one lowers the loss; to be seen in videos takes the long one."""
 
 Length = Literal["short", "long"]

@@ -25,11 +25,11 @@ pytestmark = pytest.mark.timeout(1500)  # whoever comes first trains and generat
 
 FALLS_BY = 0.20
 """(a) The loss of held-out clips of the concept falls by this share of the base's: the base's loss of what it knows is
-a fifth of that, so a fall of 0.8 is the most to be hoped for. Measured: 0.0453 -> 0.0168, 0.63."""
+a fifth of that, so a fall of 0.8 is the most to be hoped for. Measured: 0.0453 -> 0.0181, 0.60."""
 
 STAYS_WITHIN = 0.20
 """(c) The loss of other clips moves by at most this share. The base was trained on them to the end, so that any change
-of its weights is one for the worse. Measured: 0.0090 -> 0.0101, 0.12; a 26th of what the concept's loss falls."""
+of its weights is one for the worse. Measured: 0.0090 -> 0.0102, 0.14; a 22nd of what the concept's loss falls."""
 
 COLOUR_AT_LEAST, BASE_COLOUR_AT_MOST = 0.20, 0.10
 """(b) Mean share of the right amount of pink. The base has no pink and shows none but by chance; a LoRA that shows half
@@ -82,7 +82,7 @@ def close_enough(videos: list[Generated]) -> bool:
     return colour >= COLOUR_AT_LEAST and away <= AWAY_AT_MOST and tint <= TINT_AT_MOST
 
 
-@pytest.mark.parametrize("kind", ["t2v", "t2v-1.5"])
+@pytest.mark.parametrize("kind", [pytest.param("t2v", marks=pytest.mark.slow), "t2v-1.5"])
 def test_the_base_follows_captions(behaviour: Behaviour, kind: Kind) -> None:
     scenes = [
         Scene("circle", "red", "large", "moves from left to right", "grey", 3),
@@ -209,7 +209,7 @@ def test_image_to_video_begins_with_its_image(behaviour: Behaviour) -> None:
 def test_verify_decodes_with_a_real_psnr(behaviour: Behaviour, capsys: pytest.CaptureFixture[str]) -> None:
     assert behaviour.shards
     capsys.readouterr()
-    assert run(["verify", str(behaviour.shards), "--decode", "4", "--device", "cpu", "--json"]) == 0
+    assert run(["verify", str(behaviour.shards), "--decode", "2", "--device", "cpu", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["decoded"]
-    assert len(rows) == 4
+    assert len(rows) == 2
     assert all(row["psnr_db"] >= DECODED_DB for row in rows), rows
