@@ -247,7 +247,7 @@ def _demo(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Optimizer steps. Default: 150 for a small model, 60 for a tiny one.", min=1),
+        typer.Option(help="Optimizer steps. Default: 130 for a small model, 60 for a tiny one.", min=1),
     ] = None,
 ) -> None:
     """Take eight real clips through encode, train and infer on a model that comes along; show what came out.

@@ -127,7 +127,7 @@ def test_which_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert choose_recipe(None, None, None) == Recipe("5b", None, 60)  # a VAE alone generates nothing
     for kind in KINDS:
         (tmp_path / kind).mkdir()
-    assert choose_recipe(None, None, None) == Recipe("5b", "t2v", 150)
+    assert choose_recipe(None, None, None) == Recipe("5b", "t2v", 130)
     assert choose_recipe(None, "i2v", 7) == Recipe("5b-i2v", "i2v", 7)
     assert choose_recipe("1.5-5b", None, None).kind == "t2v-1.5"
     assert choose_recipe("1.5-5b", "i2v", None) == Recipe("1.5-5b-i2v", None, 60)

@@ -115,4 +115,4 @@ def choose_recipe(family: Family | None, task: Task | None, steps: int | None) -
     kind = _SMALL.get(chosen)
     if kind and not (WEIGHTS / kind).is_dir():
         kind = None
-    return Recipe(chosen, kind, steps or (150 if kind else 60))
+    return Recipe(chosen, kind, steps or (130 if kind else 60))

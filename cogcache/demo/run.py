@@ -59,7 +59,7 @@ def run_demo(
     Args:
         output: Folder for everything made; created if needed.
         family: Which family's facts the model has. Default: 5b, or what of it does the task.
-        steps: Optimizer steps. Default: 150 with a small model, 60 with a tiny one.
+        steps: Optimizer steps. Default: 130 with a small model, 60 with a tiny one.
         task: Text-to-video or image-to-video. Default: that of the family.
 
     Raises:
