@@ -8,7 +8,7 @@ from small_kit import recipe_modules
 
 
 def test_words_count_by_what_they_tell() -> None:
-    """Padding and what all captions say count nothing; a word of one caption in four twice as much as of every other."""
+    """Padding and what all captions say count nothing; a word of one caption in four twice one of every other."""
     padding, a, red, blue, green, up, down = range(7)
     captions = [
         [a, red, up, padding],
