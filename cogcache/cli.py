@@ -180,11 +180,15 @@ def _small_model(
     """Write a complete small CogVideoX with trained weights, in diffusers layout, to see results without a GPU.
 
     It was trained from nothing on 17 frames of 96x144 at 8 a second: single shapes that move, and cuts of open films.
-    Everything takes it as --model:
+    Everything takes it as --model. Weights are in bfloat16, in which a processor is ten times as slow as in float32:
 
     Example:  cogcache small-model models/small
               cogcache encode --data-root ./clips --model models/small --frames 17 --size 96x144 --fps 8
-              cogcache infer --model models/small --prompt "A large red circle moves up on a grey background."
+                --vae-dtype float32 --text-dtype float32
+              cogcache train --shards shards/clips --dtype float32 --rank 64 --alpha 64 --lr 4e-3 --batch-size 4
+                --target-modules attention+ff --steps 130
+              cogcache infer --model models/small --dtype float32 --steps 25
+                --prompt "A large red circle moves up on a grey background."
     """
     from cogcache.small import small_model
 

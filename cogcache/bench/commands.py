@@ -18,7 +18,7 @@ GpuMemory = Annotated[
     typer.Option(
         metavar="GIB",
         help="Take no more than so much of the GPU, to see what a smaller one would do: 11 for a card of 12, of which "
-        "CUDA and a screen take some. For training from the first step on, since the model is made whole before.",
+        "CUDA and a screen take some.",
         min=0.5,
     ),
 ]
@@ -105,7 +105,8 @@ def _train(
 ) -> None:
     """Time and peak memory of a training step in each memory tier, beside the reference recipe. Needs a GPU.
 
-    The model has its real size and random weights; nothing is downloaded.
+    The model has its real size and random weights; nothing is downloaded. --gpu-memory holds from the first step on,
+    since the model is made whole before.
 
     Example:  cogcache bench train --family 5b --recipes reference,small
     """

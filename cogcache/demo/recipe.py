@@ -47,7 +47,8 @@ class Recipe:
     def remark(self) -> str:
         """What to expect of what is generated."""
         if self.kind:
-            return f"Base and LoRA begin with the same noise. The LoRA learned eight clips, in {self.steps} steps."
+            told = f"Base and LoRA begin with the same noise. The LoRA learned eight clips, in {self.steps} steps"
+            return f"{told}{'.' if self.kind == 'i2v' else ': colours and layout, hardly any figures.'}"
         return (
             "This model's weights are random, so what it generates is noise: this shows the way, not quality."
         )
@@ -73,7 +74,8 @@ class Recipe:
         if not self.kind:
             return {}
         clip = {"frames": FRAMES, "size": f"{HEIGHT}x{WIDTH}", "fps": "8"}
-        return clip | {"vae_dtype": "float32", "text_dtype": "float32", "image_draws": 4}
+        draws = {"image_draws": 4} if self.kind == "i2v" else {}
+        return clip | {"vae_dtype": "float32", "text_dtype": "float32"} | draws
 
     def train(self) -> dict[str, Any]:
         """Settings of ``cogcache train`` besides the paths."""
