@@ -234,10 +234,16 @@ def test_comparisons_are_measured_only_where_asked_for() -> None:
     }
 
 
-def test_encoding_is_measured_beside_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With tiny encoders on the CPU in place of the real ones; the way of the clips is encode's own."""
+@pytest.fixture
+def tiny_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of those of real size."""
     monkeypatch.setattr(frozen, "REAL_VAE", {})
     monkeypatch.setattr(frozen, "REAL_TEXT", {})
+
+
+@pytest.mark.usefixtures("tiny_encoders")
+def test_encoding_is_measured_beside_the_reference(tmp_path: Path) -> None:
+    """With tiny encoders on the CPU in place of the real ones; the way of the clips is encode's own."""
     videos = make_videos(tmp_path / "videos", 3, Size(96, 160), frames=40)
     words = ["bench", "encode", "--data-root", str(videos), "--bucket", "9x64x96", "--device", "cpu"]
     words += [
@@ -275,12 +281,11 @@ def test_no_two_videos_are_equal(tmp_path: Path) -> None:
     assert len({path.read_bytes() for path in videos.glob("*.mp4")}) == 8
 
 
+@pytest.mark.usefixtures("tiny_encoders")
 def test_a_row_that_does_not_fit_the_memory_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch's own error, and what ``encode`` makes of it; the next row is measured."""
-    monkeypatch.setattr(frozen, "REAL_VAE", {})
-    monkeypatch.setattr(frozen, "REAL_TEXT", {})
     videos = make_videos(tmp_path / "videos", 1, Size(96, 160), frames=40)
 
     def row(_: object, *, tiled: bool) -> ClipRow:
@@ -305,12 +310,11 @@ def test_a_row_that_does_not_fit_the_memory_ends_nothing(
     assert found["text"][1]["recipe"] == "streamed"
 
 
+@pytest.mark.usefixtures("tiny_encoders")
 def test_figures_of_encoding_are_written_as_they_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that is cut off keeps what it has measured."""
-    monkeypatch.setattr(frozen, "REAL_VAE", {})
-    monkeypatch.setattr(frozen, "REAL_TEXT", {})
     videos = make_videos(tmp_path / "videos", 2, Size(96, 160), frames=40)
     out = tmp_path / "x.json"
 
