@@ -1,16 +1,18 @@
 """How long a training takes until its first step, beside plainly reading the weights.
 
-    python benchmarks/startup.py [WORK]
+    python benchmarks/startup.py [WORK] [--memory small] [--gpu-memory 6]
 
 Makes a checkpoint of CogVideoX-5B's size with random bfloat16 weights (11 GB) and a small random cache, then runs
-``cogcache train --memory small --steps 3`` in processes of its own: with an empty compile cache, with the one that the
+``cogcache train --memory small --steps 4`` in processes of its own: with an empty compile cache, with the one that the
 first run left, and once more without the disk's share. Before the plain read and the first two runs the files are
 dropped from the page cache, where the system lets us. Prints what the runs say with the seconds since their start.
-Needs a GPU and 15 GB of disk; about three minutes.
+``--gpu-memory`` lets torch take no more of the GPU than so many GiB, from the beginning of each run to its end: whole
+trainings of real size on a small card. Needs a GPU and 15 GB of disk; about three minutes.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -19,7 +21,11 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-STEPS, CLIPS = 3, 4
+STEPS, CLIPS = 4, 4
+LIMITED = (
+    "import sys; from cogcache.bench.card import cap_gpu_memory; cap_gpu_memory(float(sys.argv.pop(1)));"
+    "from cogcache.cli import main; main()"
+)
 
 
 def build(work: Path) -> Path:
@@ -63,9 +69,10 @@ def read_plainly(folder: Path) -> tuple[float, float]:
     return seconds, size / seconds / 1e9
 
 
-def run(work: Path, name: str) -> list[tuple[float, str]]:
+def run(work: Path, name: str, options: argparse.Namespace) -> list[tuple[float, str]]:
     """One training; what it says, with the seconds since its start."""
-    command = [sys.executable, "-m", "cogcache", "train", "--memory", "small", "--steps", str(STEPS)]
+    program = ["-m", "cogcache"] if options.gpu_memory is None else ["-c", LIMITED, str(options.gpu_memory)]
+    command = [sys.executable, *program, "train", "--memory", options.memory, "--steps", str(STEPS)]
     command += ["--shards", str(work / "shards"), "--model", str(work / "model"), "--checkpoint-every", "0"]
     command += ["--output", str(work / name), "--rank", "128"]
     environment = {**os.environ, "XDG_CACHE_HOME": str(work / "cache")}
@@ -79,7 +86,14 @@ def run(work: Path, name: str) -> list[tuple[float, str]]:
 
 
 def main() -> int:
-    with TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("work", nargs="?", help="folder to work in; default: one for temporary files")
+    parser.add_argument("--memory", default="small", help="memory tier")
+    parser.add_argument("--gpu-memory", type=float, help="GiB that torch may take of the GPU")
+    options = parser.parse_args()
+    with TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
         started = time.perf_counter()
         weights = build(work) / "transformer"
@@ -93,7 +107,7 @@ def main() -> int:
             if "page cache" not in name:
                 forget(weights)
             print(name, flush=True)
-            for moment, line in run(work, name.replace(", ", " ").replace(" ", "-")):
+            for moment, line in run(work, name.replace(", ", " ").replace(" ", "-"), options):
                 print(f"  {moment:6.1f} s  {line}", flush=True)
             metrics = work / name.replace(", ", " ").replace(" ", "-") / "metrics.jsonl"
             if metrics.exists():

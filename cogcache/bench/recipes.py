@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cogcache.bench.group_offload import Level
-from cogcache.train.memory.measures import TIERS, Measures
+from cogcache.train.memory.measures import TIERS, TINY, Measures
 
 __all__ = ["DEFAULT_RECIPES", "RECIPES", "Recipe"]
 
@@ -33,6 +33,8 @@ RECIPES: dict[str, Recipe] = {
     "plain": Recipe(),
     "plain-compiled": Recipe(compiled=True),
     **{tier: Recipe(measures=measures) for tier, measures in TIERS.items()},
+    "tiny-attention-again": Recipe(measures=TINY[1]),
+    "tiny-int8": Recipe(measures=TINY[2]),
     "group-offload": Recipe(autocast=True, offload="leaf_level"),
     "group-offload-block": Recipe(autocast=True, offload="block_level"),
     "plain-group-offload": Recipe(offload="leaf_level"),

@@ -109,7 +109,7 @@ def bench_train(
     from cogcache.bench.recipes import DEFAULT_RECIPES, RECIPES
     from cogcache.bench.train import FailedRow, RowSettings, StepRow, rows
     from cogcache.bench.train_table import reference_seconds, row_values, train_table
-    from cogcache.streamed import lock_pages_in_threads
+    from cogcache.page_locked import lock_pages_in_threads
 
     lock_pages_in_threads()
     names = [name.strip() for name in recipes.split(",")] if recipes else DEFAULT_RECIPES

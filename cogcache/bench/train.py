@@ -177,7 +177,7 @@ def _prepare(transformer: Any, config: TrainConfig, recipe: Recipe, device: torc
         for parameter in trainable(transformer).values():
             parameter.data = parameter.data.to(device)
     else:
-        if recipe.measures.weights == "host":
+        if recipe.measures.weights == "host" and recipe.measures.storage == "native":
             transformer.to("cpu")
         install(transformer, recipe.measures, device)
     if device.type == "cuda":

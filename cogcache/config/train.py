@@ -132,6 +132,19 @@ class TrainConfig(CommandConfig):
         "Where the blocks' frozen weights are; from the host they are streamed. Default: the tier's.",
         panel=_MEMORY,
     )
+    base_storage: Literal["native", "int8"] | None = setting(
+        None,
+        "How the blocks' frozen matrices are kept: as they are, or in 8 bits, half the memory wherever they are; that "
+        "moves gradients by about a hundredth. Default: native; int8 in tiny on a host with too little memory.",
+        panel=_MEMORY,
+    )
+    feed_forward_chunks: int | None = setting(
+        None,
+        "In how many parts tokens go through a block's feed-forward: the more, the less memory a block needs at work. "
+        "Default: the tier's, which is 4 in tiny, else 1.",
+        panel=_MEMORY,
+        ge=1,
+    )
     optimizer_state: Literal["device", "host"] | None = setting(
         None, "Where the optimizer's state is. Default: the tier's.", panel=_MEMORY
     )
@@ -231,6 +244,12 @@ class TrainConfig(CommandConfig):
     def _start_is_only_one_of_many(self) -> TrainConfig:
         if self.validate_at_start and not self.validate_every:
             raise ValueError("--validate-at-start needs --validate-every")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_weights_for_dora(self) -> TrainConfig:
+        if self.dora and self.base_storage == "int8":
+            raise ValueError("--dora needs the norms of whole weights: leave --base-storage int8 out")
         return self
 
     @model_validator(mode="after")

@@ -113,6 +113,8 @@ def _tier(forecast: Forecast, target: Target, config: TrainConfig) -> dict[str, 
     missing, host = shortfall(memory, target.free), host_parts(forecast, target.free)
     return {
         "tier": forecast.tier,
+        "measures": asdict(forecast.measures) if forecast.measures else None,
+        "given_up": forecast.given_up,
         "gpu": {**memory.device_parts, "together": memory.device},
         "host": {**host, "together": sum(host.values()), "while_loading": memory.loading},
         "flops": _flops(forecast.flops, config.grad_accum),

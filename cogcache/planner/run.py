@@ -21,9 +21,8 @@ from cogcache.planner.target import choose_targets
 from cogcache.planner.text import as_text
 from cogcache.quiet import quiet_libraries
 from cogcache.tiny.families import Family
-from cogcache.train.memory.choose import candidates
+from cogcache.train.memory.choose import Variants, candidates, forecasts
 from cogcache.train.memory.forecast import Job, unloaded_transformer
-from cogcache.train.memory.measures import Measures
 
 __all__ = ["PlanRequest", "plan"]
 
@@ -93,7 +92,7 @@ def make_plan(request: PlanRequest) -> tuple[dict[str, Any], str]:
     )
     job = _job(model, config, clips.buckets)
     tiers = _tiers(config)
-    plans = [(target, [job.forecast(*tier, target.rates) for tier in tiers]) for target in targets]
+    plans = [(target, forecasts(job, tiers, target.rates, target.free)) for target in targets]
     value = describe(model, clips, job, plans, request.image_draws)
     value["clips"]["encoded_for_this_model"] = (
         shards is None or shards.manifest.model.variant == model.variant
@@ -108,9 +107,9 @@ def _job(model: Model, config: TrainConfig, buckets: Mapping[Any, int]) -> Job:
     return Job(transformer, model.variant, buckets, config, dtype)
 
 
-def _tiers(config: TrainConfig) -> list[tuple[str, Measures | None]]:
+def _tiers(config: TrainConfig) -> list[tuple[str, Variants]]:
     """Plain blocks and, where they can be had, all tiers."""
-    plain: list[tuple[str, Measures | None]] = [("plain", None)]
+    plain: list[tuple[str, Variants]] = [("plain", [None])]
     if config.training_type == "full" or config.lora_dropout:
         return plain
     return [*plain, *candidates(config.model_copy(update={"memory": "auto"}))]

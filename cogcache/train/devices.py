@@ -11,7 +11,7 @@ import torch
 from cogcache.config import TrainConfig
 from cogcache.errors import ConfigError
 from cogcache.models import pick_device
-from cogcache.streamed import lock_pages_in_threads
+from cogcache.page_locked import lock_pages_in_threads
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -16,6 +16,7 @@ from cogcache.config import TrainConfig
 from cogcache.cores import usable_cores
 from cogcache.draws import generator
 from cogcache.errors import CheckpointError, ConfigError, ModelError
+from cogcache.int8 import put_in_int8
 from cogcache.lora import Provenance, save_lora
 from cogcache.models import loading, torch_dtype
 from cogcache.train.adapter import load_init_lora, peft_config
@@ -56,10 +57,20 @@ def base_dtype(root: Path, choice: str, variant: Variant, *, fetched: bool = Tru
     return torch_dtype(name)
 
 
-def load_transformer(root: Path, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
+def load_transformer(
+    root: Path,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    *,
+    int8_home: torch.device | None = None,
+) -> nn.Module:
     """Load the transformer alone, frozen, onto ``device``, by default the CPU.
 
     As ``from_pretrained`` of diffusers does it, but several threads read. Nothing is drawn at random or held twice.
+
+    Args:
+        int8_home: Where to keep the blocks' matrices in 8 bits (:mod:`cogcache.int8`), made of each on ``device`` as
+            soon as it is read, so that they are never all there in ``dtype``. Default: nowhere.
 
     Raises:
         ModelError: if its weights are missing or damaged.
@@ -71,7 +82,15 @@ def load_transformer(root: Path, dtype: torch.dtype, device: torch.device | None
         config = CogVideoXTransformer3DModel.load_config(root, subfolder="transformer", local_files_only=True)
         with init_empty_weights(include_buffers=False):
             transformer = CogVideoXTransformer3DModel.from_config(config)
-        weights = read_weights(root / "transformer", dtype, device or torch.device("cpu"))
+
+        def keep(name: str, tensor: Tensor) -> Tensor:
+            if int8_home is None or tensor.ndim != 2 or not name.startswith("transformer_blocks."):
+                return tensor
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            put_in_int8(parameter, int8_home)
+            return parameter
+
+        weights = read_weights(root / "transformer", dtype, device or torch.device("cpu"), keep)
         wanted = transformer.state_dict()
         differing = [name for name, empty in wanted.items() if weights[name].shape != empty.shape]
         if differing:

@@ -40,7 +40,8 @@ FREE_FIELDS = frozenset(
         "shards", "remote_cache", "remote_cache_size", "remote_patience",
         "output", "model", "resume", "steps", "batch_size", "grad_accum", "checkpoint_every",
         "keep_checkpoints", "log_every", "report_to", "workers", "device", "gradient_checkpointing",
-        "memory", "keep_attention", "keep_inputs", "base_weights", "optimizer_state", "compile",
+        "memory", "keep_attention", "keep_inputs", "base_weights", "feed_forward_chunks", "optimizer_state",
+        "compile",
         "holdout", "validate_every", "validate_at_start",
         "sample_videos", "sample_steps", "sample_guidance", "sample_seed",
     }
@@ -121,6 +122,8 @@ def run_record(
 ) -> dict[str, Any]:
     """Everything that decides the numbers of a run, flat."""
     settings = config.model_dump(mode="json", exclude=set(FREE_FIELDS))
+    if settings["base_storage"] != "int8":
+        del settings["base_storage"]  # as in checkpoints from before there was a choice
     if config.init_lora is not None:
         settings["init_lora"] = file_sha256(read_lora_header(config.init_lora).file)
     if config.lr_scheduler != "constant":

@@ -21,9 +21,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from cogcache.errors import CogcacheError
+from cogcache.page_locked import locked_size
 from cogcache.progress import say
 from cogcache.train.checkpoints import TrainerState, prune_checkpoints, save_checkpoint
-from cogcache.train.memory.host import COPIES_SHARE, locked_size
+from cogcache.train.memory.host import COPIES_SHARE
 
 __all__ = ["Draft", "HostCopies", "Saver"]
 

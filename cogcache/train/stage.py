@@ -17,9 +17,9 @@ from cogcache.train.devices import open_accelerator, product_ceiling, set_matmul
 from cogcache.train.holdout import split_holdout
 from cogcache.train.loop import Trainer
 from cogcache.train.memory.outcome import outcome, typical_seconds
-from cogcache.train.memory.place import place_blocks, plan_blocks
+from cogcache.train.memory.place import load_blocks, place_blocks, plan_blocks
 from cogcache.train.metrics import METRICS_FILE, check_trackers
-from cogcache.train.model import base_dtype, load_scheduler, load_transformer
+from cogcache.train.model import base_dtype, load_scheduler
 from cogcache.train.run import (
     check_resume,
     claim_output,
@@ -89,11 +89,13 @@ def train(config: TrainConfig, *, begun: float = 0.0) -> TrainResult:
     dtype = base_dtype(root, config.dtype, variant)
     if dtype != expected:
         placement = plan_blocks(config, accelerator, root, samples, dtype)
+    in_8_bits = placement.measures is not None and placement.measures.storage == "int8"
     config = config.model_copy(
         update={
             "model": model_id,
             "output": output_folder(config),
             "dtype": str(dtype).removeprefix("torch."),
+            "base_storage": "int8" if in_8_bits else config.base_storage,
         }
     )
     run = run_record(config, reader.manifest, accelerator.num_processes, held_out)
@@ -106,14 +108,10 @@ def train(config: TrainConfig, *, begun: float = 0.0) -> TrainResult:
     tuning = tuning_for(config, provenance, accelerator.device, dtype)
     with startup.part("GPU"):
         ceiling = product_ceiling(accelerator.device)
-    on_host = placement.measures is not None and placement.measures.weights == "host"
-    on_host |= (
-        config.dora
-    )  # whose first magnitudes are norms of the weights, and shall not depend on the device
     if placement.compiled:
         keep_compilations()
     with startup.part("weights"):
-        transformer = load_transformer(root, tuning.held_in, None if on_host else accelerator.device)
+        transformer = load_blocks(placement, config, root, tuning.held_in, accelerator.device)
     with startup.part("placing"):
         tuning.prepare(transformer)
         set_matmul_precision(accelerator.device, dtype)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -59,8 +60,16 @@ class _Stored:
     dtype: torch.dtype
 
 
-def read_weights(folder: Path, dtype: torch.dtype, device: torch.device = CPU) -> dict[str, Tensor]:
+def read_weights(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    keep: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
+) -> dict[str, Tensor]:
     """All tensors of a component, on ``device`` in ``dtype``.
+
+    Args:
+        keep: What is kept of each, by its name, as soon as it is there. Called by several threads, but one at a time.
 
     Raises:
         OSError, ValueError, KeyError: if files are missing or damaged, or hold other than floating tensors.
@@ -74,7 +83,14 @@ def read_weights(folder: Path, dtype: torch.dtype, device: torch.device = CPU) -
     with ThreadPoolExecutor(
         min(_THREADS, os.cpu_count() or 1), thread_name_prefix="cogcache-weights"
     ) as pool:
-        return dict(zip(stored, pool.map(reader.read, stored.values()), strict=True))
+        lock = threading.Lock()
+
+        def read(name: str) -> Tensor:
+            tensor = reader.read(stored[name])
+            with lock:
+                return keep(name, tensor)
+
+        return dict(zip(stored, pool.map(read, stored), strict=True))
 
 
 class _Reader:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cogcache.config import TrainConfig
+from cogcache.int8 import Int8, quantize
 from cogcache.tiny import Family
 from cogcache.train.model import add_lora, load_scheduler, load_transformer, trainable
 from cogcache.train.objective import loss_per_sample, padded_frames
@@ -53,6 +54,26 @@ def with_lora(
     for number, (name, parameter) in enumerate(trainable(transformer).items()):
         if "lora_B" in name:
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+    return transformer
+
+
+def values_in(found: Int8, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of a matrix in 8 bits, flat."""
+    out = torch.empty(found.steps.numel(), dtype=dtype, device=found.steps.device)
+    found.read(out)
+    return out
+
+
+def rounded(transformer: Any, dtype: torch.dtype | None = None) -> Any:
+    """The same model with its blocks' matrices rounded to 8 bits, and held as ever.
+
+    Args:
+        dtype: What the values are made in of the 8 bits. Default: what they are held in.
+    """
+    for parameter in transformer.transformer_blocks.parameters():
+        if not parameter.requires_grad and parameter.ndim == 2:
+            made = values_in(quantize(parameter.data), dtype or parameter.dtype)
+            parameter.data = made.to(parameter.dtype).view(parameter.shape)
     return transformer
 
 

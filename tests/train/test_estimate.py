@@ -11,22 +11,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from cogcache.bench.real import real_transformer
+from cogcache.bench.recipes import RECIPES
 from cogcache.config import TrainConfig
 from cogcache.geometry import Bucket, parse_bucket
+from cogcache.page_locked import locked_size, pool_size, slab_count, slab_counts, slabs_size
+from cogcache.streamed import CopyStreams
 from cogcache.tiny import Family
 from cogcache.train.adapter import peft_config
 from cogcache.train.flops import step_flops
 from cogcache.train.memory import host
 from cogcache.train.memory.estimate import estimate
 from cogcache.train.memory.gpus import CARDS, find_card, given_rates, measured_rates
-from cogcache.train.memory.host import CopyStreams, HostPool, locked_size, pool_size, slab_count
-from cogcache.train.memory.measures import TIERS, Measures
+from cogcache.train.memory.host import HostPool
+from cogcache.train.memory.measures import TIERS, TINY, Measures, Place, Storage
 from cogcache.train.memory.speed import Rates, microbatch_seconds, update_seconds
 from cogcache.train.memory.workload import Workload, workload_of
 from cogcache.train.model import add_lora, load_transformer
@@ -80,7 +83,7 @@ def test_predictions_are_what_was_measured(
     """Within 10%, which is the aim, on every row."""
     reference, compiled = recipe == "reference", recipe == "plain-compiled"
     transformer, variant = real(family, torch.float32 if reference else torch.bfloat16)
-    shape, measures = parse_bucket(bucket), next((m for name, m in TIERS.items() if name == recipe), None)
+    shape, measures = parse_bucket(bucket), RECIPES[recipe].measures
     load = workload_of(transformer, variant, [shape], batch, torch.bfloat16)
     assert estimate(load, measures, compiled=compiled).device / GIB == pytest.approx(gib, rel=0.1)
     rates = CARDS[0].rates
@@ -155,9 +158,36 @@ def test_each_measure_moves_what_it_says(tiny_models: Models) -> None:
     assert away.device_parts["working_set"] == base["working_set"] + 2 * load.unit
     kept = estimate(load, Measures(attention="device")).device_parts
     assert kept["attention_outputs"] == load.layers * (load.unit + load.logsumexp)
+    chunked = estimate(load, Measures(chunks=4)).device_parts
+    assert base["working_set"] - chunked["working_set"] > 4 * load.unit
+    assert estimate(load, Measures(chunks=1000)).device_parts["working_set"] < chunked["working_set"]
     tiny, small = estimate(load, TIERS["tiny"]), estimate(load, TIERS["small"])
     assert tiny.host == small.host + 2 * load.locked
     assert tiny.device_parts["optimizer_state"] == 0
+
+
+def test_in_8_bits_weights_take_half_and_a_slot_more(tiny_models: Models) -> None:
+    _, load = workload(tiny_models)
+    frozen = {
+        (home, storage): estimate(load, Measures(weights=home, storage=storage))
+        for home in get_args(Place)
+        for storage in get_args(Storage)
+    }
+    slots, each = 2 * load.blocks // load.layers, load.int8 // load.layers
+    parts = {case: found.device_parts["frozen_weights"] for case, found in frozen.items()}
+    assert parts["device", "native"] == load.blocks
+    assert parts["device", "int8"] == load.int8 + slots
+    assert parts["host", "native"] == slots
+    assert parts["host", "int8"] == slots + each
+    assert frozen["device", "int8"].host == 0
+    assert load.layers * each <= frozen["host", "int8"].host < 2 * load.int8
+    real_load = workload_of(*real("5b", torch.bfloat16), [parse_bucket(HD)], 1)
+    assert real_load.int8 / real_load.blocks == pytest.approx(8.25 / 16, rel=0.01)
+    small, tiny = estimate(real_load, TINY[0]), estimate(real_load, TINY[2])
+    assert tiny.host_parts["frozen_weights"] == 6 * GIB  # six slabs
+    assert real_load.int8 < tiny.loading < 8 * GIB < small.loading
+    at_home = replace(TINY[2], weights="device")
+    assert estimate(real_load, at_home).loading == STAGED
 
 
 def test_the_peak_is_that_of_the_fullest_moment(tiny_models: Models) -> None:
@@ -209,6 +239,23 @@ def test_page_locked_memory_comes_in_powers_of_two() -> None:
         assert pool_size(size, 84) >= 84 * size
         assert pool_size(size, 84) <= 84 * locked_size(size)
     assert (slab_count(1 << 20), pool_size(1 << 20, 5)) == (1, 5 << 20)
+
+
+@pytest.mark.parametrize(
+    ("size", "buffers", "counts"),
+    [
+        (1 << 28, 42, [1] * 42),
+        (130 << 20, 42, [7] * 6),
+        (367 << 20, 24, [5, 5, 5, 5, 4]),
+        (700, 3, [1, 1, 1]),
+        (3 << 30, 2, [1, 1]),
+    ],
+)
+def test_weights_are_dealt_to_slabs_that_take_the_least(size: int, buffers: int, counts: list[int]) -> None:
+    assert slab_counts(size, buffers) == counts
+    assert sum(counts) == buffers
+    assert slabs_size(size, buffers) == sum(locked_size(count * size) for count in counts)
+    assert slabs_size(size, buffers) <= buffers * locked_size(size)
 
 
 def test_the_pool_takes_what_was_expected(monkeypatch: pytest.MonkeyPatch) -> None:

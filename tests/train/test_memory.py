@@ -25,12 +25,13 @@ from torch import Tensor
 from cogcache.config import TrainConfig
 from cogcache.errors import ConfigError
 from cogcache.geometry import Size
+from cogcache.streamed import CopyStreams
 from cogcache.tiny import Family
 from cogcache.train import train
 from cogcache.train.engine import PlainEngine
 from cogcache.train.memory import place
 from cogcache.train.memory.blocks import BlockRunner, install
-from cogcache.train.memory.host import CopyStreams, HostPool
+from cogcache.train.memory.host import HostPool
 from cogcache.train.memory.measures import TIERS, Measures
 from cogcache.train.memory.stock import compile_blocks
 from cogcache.train.model import trainable
@@ -45,6 +46,8 @@ MEASURES = {
     "inputs on the host": Measures(inputs="host"),
     "weights on the host": Measures(weights="host"),
     "all on the host": Measures(attention="host", inputs="host", weights="host"),
+    "feed-forward in parts": Measures(chunks=3),
+    "more parts than rows": Measures(attention="device", chunks=1000),
 }
 
 

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from memory_kit import ATTENTION, CPU, EVERYWHERE, FAMILIES, losses, with_lora
+from memory_kit import ATTENTION, CPU, EVERYWHERE, FAMILIES, losses, rounded, with_lora
 from test_memory_precision import (
     ALL,
     KIND,
@@ -49,10 +49,11 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogcache.config import TrainConfig
+from cogcache.int8 import values_of
 from cogcache.tiny import Family, build_tiny_model
 from cogcache.train.devices import set_matmul_precision
 from cogcache.train.memory.blocks import install
-from cogcache.train.memory.measures import TIERS, Measures, Tier
+from cogcache.train.memory.measures import TIERS, TINY, Measures, Tier
 from cogcache.train.model import trainable
 from cogcache.train.optimizer import make_optimizer, optimizer_state, update_unless
 
@@ -150,25 +151,32 @@ def train_under(root: Path, targets: list[str], measures: Measures, device: torc
     transformer = with_lora(root, targets, torch.bfloat16)
     install(transformer, measures, device)
     found = train(transformer, root, measures)
-    frozen = [p for p in transformer.transformer_blocks.parameters() if not p.requires_grad]
+    blocks = transformer.transformer_blocks
+    frozen = [p for p in blocks.parameters() if not p.requires_grad and values_of(p) is None]
     assert {p.is_cpu for p in frozen} == {measures.weights == "host" or device == CPU}
     assert not counters["graph_break"]
     return found, counters["stats"]["unique_graphs"]
 
 
-def train_plain(root: Path, targets: list[str], device: torch.device) -> tuple[_Run, _Run]:
-    """By diffusers' own blocks: in float32, which must be what a CPU gives; and in bfloat16, as in real runs."""
+def train_plain(
+    root: Path, targets: list[str], device: torch.device, change: Callable[[Any], Any] = lambda model: model
+) -> tuple[_Run, _Run]:
+    """By diffusers' own blocks: in float32, which must be what a CPU gives; and in bfloat16, as in real runs.
+
+    Args:
+        change: Of the model beforehand.
+    """
     with float32_throughout():
-        transformer = with_lora(root, targets, torch.float32, stored=torch.bfloat16)
+        transformer = change(with_lora(root, targets, torch.float32, stored=torch.bfloat16))
         on_cpu = run(transformer, root)
-        transformer = with_lora(root, targets, torch.float32, stored=torch.bfloat16).to(device)
+        transformer = change(with_lora(root, targets, torch.float32, stored=torch.bfloat16)).to(device)
         exact = train(transformer, root, None)
     grads = on_cpu.gradients
     drift = error((exact.step.gradients[name].cpu() for name in grads), grads.values())
     print(f"float32: gradients {drift:.1e} from a CPU's")
     assert drift < FLOAT32
     set_matmul_precision(device, torch.bfloat16)
-    plain = train(with_lora(root, targets, torch.bfloat16).to(device), root, None)
+    plain = train(change(with_lora(root, targets, torch.bfloat16)).to(device), root, None)
     return exact, plain
 
 
@@ -245,3 +253,16 @@ def test_compiled_tiers_train_as_plain_blocks_do(
         check(tier, found, plain, exact)
     assert apart(steps) < ALL * usual["all"]
     assert by_optimizer < usual_changes  # where the optimizer's state is, is all they differ in
+
+
+@pytest.mark.parametrize("family", ["5b", "1.5-5b-i2v"])
+def test_in_8_bits_they_train_as_plain_blocks_with_rounded_weights_do(
+    family: Family, models: Models, cuda: torch.device
+) -> None:
+    """The 8 bits in host memory, and on the GPU."""
+    root = models(family)
+    exact, plain = train_plain(root, ATTENTION, cuda, lambda model: rounded(model, torch.bfloat16))
+    for measures in (TINY[-1], replace(TINY[-1], weights="device")):
+        found, _ = train_under(root, ATTENTION, measures, cuda)
+        report(f"{family}, 8 bits on the {measures.weights}", found, plain, exact)
+        check("tiny", found, plain, exact)

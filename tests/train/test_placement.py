@@ -35,12 +35,14 @@ from cogcache.train.flops import step_flops
 from cogcache.train.full import train_everything
 from cogcache.train.memory import place
 from cogcache.train.memory.choose import candidates, choose
+from cogcache.train.memory.choose import forecasts as forecasts_of
 from cogcache.train.memory.estimate import Estimate, Need
 from cogcache.train.memory.forecast import Forecast, Job, unloaded_transformer
 from cogcache.train.memory.gpus import CARDS
-from cogcache.train.memory.measures import TIERS
+from cogcache.train.memory.measures import TIERS, TINY, Measures
 from cogcache.train.memory.outcome import outcome, typical_seconds
 from cogcache.train.memory.speed import Rates
+from cogcache.train.memory.table import tier_table
 from cogcache.train.memory.workload import workload_of
 from cogcache.train.model import add_lora, load_transformer
 from cogcache.variants import Variant, read_config, read_variant, variant_of
@@ -105,12 +107,12 @@ def big() -> Job:
     return Job(transformer, variant, {Bucket(49, 480, 720): 1}, AUTO, torch.bfloat16)
 
 
-def forecasts(config: TrainConfig, rates: Rates | None = None) -> list[Forecast]:
-    return [big().forecast(tier, measures, rates) for tier, measures in candidates(config)]
+def forecasts(config: TrainConfig, rates: Rates | None = None, host: float = PLENTY) -> list[Forecast]:
+    return forecasts_of(big(), candidates(config), rates, Need(0, int(host * GIB)))
 
 
 def tier_for(config: TrainConfig, device: float, host: float = PLENTY) -> str:
-    return choose(forecasts(config), Need(int(device * GIB), int(host * GIB)), config).tier
+    return choose(forecasts(config, host=host), Need(int(device * GIB), int(host * GIB)), config).tier
 
 
 def test_auto_takes_the_fastest_that_fits() -> None:
@@ -130,7 +132,7 @@ def test_auto_refuses_with_a_table_of_what_each_would_need() -> None:
         name in table for name in ("frozen weights of the blocks", "optimizer state", "together", "fits")
     )
     with pytest.raises(ConfigError, match="host memory"):
-        tier_for(AUTO, 12, host=16)  # the GPU has room for 'small', the host has not
+        tier_for(AUTO, 12, host=8)  # the GPU has room for 'small', the host has not
     assert tier_for(AUTO.model_copy(update={"memory": "small"}), 1) == "small"
 
 
@@ -138,9 +140,46 @@ def test_single_flags_change_a_tier(settings: Settings) -> None:
     config = settings(
         memory="small", gradient_checkpointing=None, keep_attention="no", base_weights="device", compile=False
     )
-    [(tier, measures)] = candidates(config)
+    [(tier, [measures])] = candidates(config)
     assert tier == "small"
     assert measures == replace(TIERS["small"], attention=None, weights="device", compile=False)
+
+
+@pytest.mark.parametrize(
+    ("host", "taken", "given_up"),
+    [
+        (64, 0, ""),
+        (28, 0, ""),
+        (22, 1, "attention is computed again"),
+        (14, 2, "attention is computed again and the base's matrices are kept in 8 bits"),
+        (4, 2, "attention is computed again and the base's matrices are kept in 8 bits"),
+    ],
+)
+def test_tiny_gives_up_what_it_must_on_small_hosts(host: float, taken: int, given_up: str) -> None:
+    """First what leaves gradients as they are. Where nothing fits, the least is what is told, and tried."""
+    found = forecasts(AUTO, host=host)[-1]
+    assert (found.tier, found.measures) == ("tiny", TINY[taken])
+    assert found.given_up.startswith(given_up)
+    assert bool(found.given_up) == bool(given_up)
+    assert ("host memory is short" in tier_table([found], Need(0, int(host * GIB)))) == bool(given_up)
+    if host != 4:
+        assert tier_for(AUTO, 6, host) == ("small" if host >= 28 else "tiny")
+
+
+def test_flags_and_dora_leave_fewer_variants() -> None:
+    def variants(**changes: Any) -> list[Measures | None]:
+        [(_, found)] = candidates(TrainConfig(shards=Path("unused"), memory="tiny", **changes))
+        return [*found]
+
+    assert variants() == [*TINY]
+    assert variants(dora=True) == [*TINY[:2]]
+    assert variants(base_storage="native", keep_attention="host", optimizer_state="host") == [TINY[0]]
+    assert variants(base_storage="int8", keep_attention="no") == [
+        replace(TINY[2], optimizer="host"),
+        TINY[2],
+    ]
+    whole = TrainConfig(shards=Path("unused"), gradient_checkpointing=False)
+    assert [tier for tier, _ in candidates(whole)] == ["fast", "balanced"]
 
 
 def test_gradients_stay_where_a_step_has_several_parts() -> None:
@@ -211,7 +250,7 @@ def test_train_refuses_before_any_weight_is_read(
     def no_weights(*_: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(stage, "load_transformer", no_weights)
+    monkeypatch.setattr(place, "load_transformer", no_weights)
     monkeypatch.setattr(stage, "open_accelerator", lambda _: gpu(0.0001))
     with pytest.raises(ConfigError, match="no memory tier fits") as caught:
         stage.train(config)
@@ -244,7 +283,7 @@ def test_train_refuses_too_where_there_is_but_one_tier(
     def no_weights(*_: object) -> None:
         raise WeightsWantedError
 
-    monkeypatch.setattr(stage, "load_transformer", no_weights)
+    monkeypatch.setattr(place, "load_transformer", no_weights)
     monkeypatch.setattr(stage, "product_ceiling", lambda _: None)
     monkeypatch.setattr(stage, "open_accelerator", lambda _: gpu(0.0001))
     config = TrainConfig(shards=make_cache("5b"), output=tmp_path / "run", device="cpu", **changes)

@@ -160,7 +160,7 @@ def test_float16_gradients_are_unscaled_before_clipping(
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
     """The transformers that runs load, as they leave them."""
-    from cogcache.train import stage
+    from cogcache.train.memory import place
 
     loaded: list[torch.nn.Module] = []
 
@@ -168,7 +168,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
         loaded.append(load_transformer(*args, **kwargs))
         return loaded[-1]
 
-    monkeypatch.setattr(stage, "load_transformer", load)
+    monkeypatch.setattr(place, "load_transformer", load)
     return loaded
 
 

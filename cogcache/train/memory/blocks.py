@@ -15,14 +15,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from cogcache.streamed import StreamedWeights, move_without
+from cogcache.int8 import put_in_int8
+from cogcache.streamed import CopyStreams, StreamedWeights, move_without
 from cogcache.train.memory.attention import Attended, attend, attend_backward, attention
+from cogcache.train.memory.chunks import after_in_chunks, backward_in_chunks
 from cogcache.train.memory.gradients import GradientSum, leaves
-from cogcache.train.memory.host import CopyStreams, HostPool, Kept
+from cogcache.train.memory.host import HostPool, Kept
 from cogcache.train.memory.measures import Measures
-from cogcache.train.memory.pieces import Rotary, can_skip_last, pieces, rotation
+from cogcache.train.memory.pieces import Pieces, Rotary, can_skip_last, pieces, rotation
 
-__all__ = ["BlockRunner", "install"]
+__all__ = ["BlockRunner", "home_of", "install"]
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
@@ -54,7 +56,8 @@ class BlockRunner:
         streams = CopyStreams(device)
         self._pool = HostPool(streams, kept_bytes)
         frozen = [[p for p in block.parameters() if not p.requires_grad] for block in blocks]
-        self._weights = StreamedWeights(frozen, streams) if measures.weights == "host" else None
+        on_device = measures.weights == "device"
+        self._weights = StreamedWeights(frozen, streams, on_device=on_device) if measures.streams else None
         self._eager, self._trained = pieces(compiled=False), pieces(compiled=measures.compile)
         self._last: _Record | None = None
         self._tables: tuple[Rotary, Rotary] = (None, None)
@@ -81,7 +84,7 @@ class BlockRunner:
 
     def _run(
         self,
-        how: Any,
+        how: Pieces,
         index: int,
         hidden: Tensor,
         text: Tensor,
@@ -93,10 +96,16 @@ class BlockRunner:
         if self._weights:
             self._weights.enter(index, index + 1)
         attended = attend(*how.before(block, hidden, text, temb, rotary))
-        pair: Pair = how.after(block, hidden, text, temb, attended.out)
+        pair = self._after(how, block, hidden, text, temb, attended.out)
         keep(attended)
         if self._weights:
             self._weights.leave(index)
+        return pair
+
+    def _after(self, how: Pieces, block: nn.Module, *sources: Tensor) -> Pair:
+        if self.measures.chunks > 1:
+            return after_in_chunks(how, self.measures.chunks, block, *sources)
+        pair: Pair = how.after(block, *sources)
         return pair
 
     def record(
@@ -156,7 +165,9 @@ class BlockRunner:
         self, block: nn.Module, sources: Sequence[Tensor], out: Tensor, grads: Pair, found: GradientSum
     ) -> Tensor:
         """Through what comes after attention; returns the gradient of the attention output."""
-        how = self._trained
+        how, chunks = self._trained, self.measures.chunks
+        if chunks > 1:
+            return backward_in_chunks(how, chunks, block, sources, _trained(block), out, grads, found)
         given: Sequence[Tensor] = grads
         with torch.enable_grad():
             inputs = leaves(sources, found.needs)
@@ -213,7 +224,8 @@ class _BlockStep(torch.autograd.Function):
 def install(transformer: Any, measures: Measures, device: torch.device, kept_bytes: int = 0) -> BlockRunner:
     """Make the blocks of a ``CogVideoXTransformer3DModel`` run under ``measures``, and put the model on ``device``.
 
-    Call it after the LoRA is added. Blocks whose frozen weights stay on the host are not moved.
+    Call it after the LoRA is added. Blocks whose frozen weights stay on the host are not moved. Those to be kept in
+    8 bits may have been loaded so.
 
     Args:
         kept_bytes: Size of the largest tensor that will be kept in host memory, if known.
@@ -221,7 +233,12 @@ def install(transformer: Any, measures: Measures, device: torch.device, kept_byt
     transformer.gradient_checkpointing = False
     blocks = list(transformer.transformer_blocks)
     frozen = [p for block in blocks for p in block.parameters() if not p.requires_grad]
-    stay = frozen if measures.weights == "host" else []
+    stay = frozen if measures.streams else []
+    if measures.storage == "int8":
+        home = home_of(measures, device)
+        for parameter in frozen:
+            if parameter.ndim == 2:  # norms' scales and biases are as good as nothing
+                put_in_int8(parameter, home)
     move_without(transformer, stay, device)
     runner = BlockRunner(blocks, measures, device, kept_bytes)
     for index, block in enumerate(blocks):
@@ -231,6 +248,11 @@ def install(transformer: Any, measures: Measures, device: torch.device, kept_byt
         names = [name for name, parameter in transformer.named_parameters() if id(parameter) in owned]
         transformer._ddp_params_and_buffers_to_ignore = names
     return runner
+
+
+def home_of(measures: Measures, device: torch.device) -> torch.device:
+    """Where the blocks' frozen weights are kept."""
+    return torch.device("cpu") if measures.weights == "host" else device
 
 
 def _forward(runner: BlockRunner, index: int) -> Callable[..., Pair]:

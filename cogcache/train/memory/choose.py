@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 
 from cogcache.config import TrainConfig
 from cogcache.errors import ConfigError, NothingFitsError
 from cogcache.train.memory.estimate import Need
-from cogcache.train.memory.forecast import Forecast, shortfall
-from cogcache.train.memory.measures import TIERS, Measures, Tier
+from cogcache.train.memory.forecast import Forecast, Job, fits_host, shortfall
+from cogcache.train.memory.measures import TIERS, TINY, Measures, Tier
+from cogcache.train.memory.speed import Rates
 from cogcache.train.memory.table import tier_table
 
-__all__ = ["candidates", "choose", "free_memory", "uses_stock_blocks"]
+__all__ = ["Variants", "candidates", "choose", "forecasts", "free_memory", "uses_stock_blocks"]
 
 
 def uses_stock_blocks(config: TrainConfig, device: torch.device, *, deepspeed: bool) -> bool:
@@ -41,7 +42,14 @@ def uses_stock_blocks(config: TrainConfig, device: torch.device, *, deepspeed: b
     return plain
 
 
-_TIERS_ALONE = ("keep_attention", "keep_inputs", "base_weights", "optimizer_state")
+_TIERS_ALONE = (
+    "keep_attention",
+    "keep_inputs",
+    "base_weights",
+    "base_storage",
+    "feed_forward_chunks",
+    "optimizer_state",
+)
 
 
 def _unknown(config: TrainConfig, deepspeed: bool) -> str:
@@ -52,10 +60,63 @@ def _unknown(config: TrainConfig, deepspeed: bool) -> str:
     return "DeepSpeed" if deepspeed else ""
 
 
-def candidates(config: TrainConfig) -> list[tuple[str, Measures]]:
-    """The tiers to choose from, with the single flags applied: for ``auto`` all, the fastest first."""
-    tiers = get_args(Tier) if config.memory == "auto" else (config.memory,)
-    return [(tier, _with_flags(TIERS[tier], config)) for tier in tiers]
+Variants: TypeAlias = Sequence[Measures | None]
+
+
+def candidates(config: TrainConfig) -> list[tuple[str, Variants]]:
+    """The tiers to choose from, with the single flags applied: for ``auto`` all that go with them, the fastest first.
+
+    Each with its variants, for hosts of ever less memory.
+
+    Raises:
+        ConfigError: if no tier goes with the flags.
+    """
+    found: list[tuple[str, Variants]] = [
+        (tier, variants)
+        for tier in get_args(Tier)
+        if config.memory in ("auto", tier) and (variants := _variants(tier, config))
+    ]
+    if not found:
+        raise ConfigError(
+            f"--memory {config.memory} brings weights to the GPU block by block, so blocks must be computed again.",
+            "Leave --no-gradient-checkpointing out, or use --memory fast and no --base-storage int8.",
+        )
+    return found
+
+
+def _variants(tier: Tier, config: TrainConfig) -> Variants:
+    variants = TINY if tier == "tiny" else (TIERS[tier],)
+    found = dict.fromkeys(_with_flags(measures, config) for measures in variants)
+    whole = config.dora  # needs the norms of whole weights
+    return [
+        measures
+        for measures in found
+        if (measures.recompute or not measures.streams) and not (whole and measures.storage == "int8")
+    ]
+
+
+def forecasts(
+    job: Job, tiers: Sequence[tuple[str, Variants]], rates: Rates | None, free: Need
+) -> list[Forecast]:
+    """What each tier takes in the first of its variants that fits the host's memory, else in the last."""
+    found = []
+    for tier, variants in tiers:
+        every = [job.forecast(tier, measures, rates) for measures in variants]
+        taken = next((one for one in every if fits_host(one.memory, free)), every[-1])
+        found.append(replace(taken, given_up=_given_up(variants[0], taken.measures)))
+    return found
+
+
+def _given_up(first: Measures | None, taken: Measures | None) -> str:
+    """What one variant does not do that the first does, in words."""
+    if first is None or taken is None:
+        return ""
+    texts = []
+    if first.attention is not None and taken.attention is None:
+        texts.append("attention is computed again")
+    if taken.storage != first.storage:
+        texts.append("the base's matrices are kept in 8 bits, which moves gradients by about a hundredth")
+    return " and ".join(texts)
 
 
 def choose(forecasts: Sequence[Forecast], free: Need, config: TrainConfig) -> Forecast:
@@ -106,6 +167,8 @@ def _with_flags(measures: Measures, config: TrainConfig) -> Measures:
     for name, flag in (
         ("inputs", "keep_inputs"),
         ("weights", "base_weights"),
+        ("storage", "base_storage"),
+        ("chunks", "feed_forward_chunks"),
         ("optimizer", "optimizer_state"),
     ):
         if getattr(config, flag) is not None:

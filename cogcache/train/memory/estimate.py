@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cogcache.train.memory.host import locked_size, pool_size
+from cogcache.page_locked import locked_size, pool_size, slab_counts, slabs_size
 from cogcache.train.memory.measures import Measures
 from cogcache.train.memory.workload import Workload
 from cogcache.train.weights import STAGED
@@ -39,6 +39,8 @@ class _Work:
 
 _COMPILED, _EAGER = _Work(17.6, 1.8, 4.5), _Work(21.6, 1.8, 4.5)
 """Blocks cut at their attention, whose output was kept."""
+_WIDE_UNITS = 9.0
+"""Of that base, what is as wide as the feed-forward's inner activation: with chunks, one chunk's part of it."""
 _HEADS_UNITS = 5.0
 """Query, key and value and what made them, alive all the while where attention itself is computed again."""
 _TRAVEL_UNITS = 2.0
@@ -118,10 +120,23 @@ def estimate(
 
 def _loading(load: Workload, how: Measures) -> int:
     """On the host while weights are read: all of them where blocks stay there, and for DoRA, whose first magnitudes are
-    made of them."""
+    made of them. In 8 bits they are put into page-locked memory slab by slab."""
+    if how.storage == "int8":
+        kept = load.int8 if how.weights == "host" else 0
+        return kept + STAGED + _first_slab(load, how) * (how.weights == "host")
     if how.weights == "host" or load.dora:
         return load.blocks + load.others + load.trained + load.blocks // load.layers
     return STAGED
+
+
+def _first_slab(load: Workload, how: Measures) -> int:
+    size = _stored(load, how) // load.layers
+    return locked_size(slab_counts(size, load.layers)[0] * size)
+
+
+def _stored(load: Workload, how: Measures) -> int:
+    """The blocks' frozen weights, wherever they are kept."""
+    return load.int8 if how.storage == "int8" else load.blocks
 
 
 _KEPT = ("block_inputs", "attention_outputs", "activations")
@@ -129,9 +144,13 @@ _KEPT = ("block_inputs", "attention_outputs", "activations")
 
 def _fixed(load: Workload, how: Measures) -> dict[str, int]:
     """What is on the device all the time."""
-    streamed = how.weights == "host"
+    weights = _SLOTS * load.blocks // load.layers if how.streams else 0
+    if how.weights == "device":
+        weights += _stored(load, how)
+    elif how.storage == "int8":
+        weights += load.int8 // load.layers  # a block's buffer as it arrives
     return {
-        "frozen_weights": _SLOTS * load.blocks // load.layers if streamed else load.blocks,
+        "frozen_weights": weights,
         "trained_weights": load.trained,
         "others": load.others,
         "optimizer_state": 0 if how.optimizer == "host" else 2 * load.trained,
@@ -169,6 +188,7 @@ def _working(load: Workload, how: Measures, *, own: bool) -> int:
         work = _COMPILED if how.compile else _EAGER
     units = work.base
     if own and how.recompute:
+        units -= _WIDE_UNITS * (1 - 1 / how.chunks)
         units += _HEADS_UNITS * (how.attention is None)
         units += _TRAVEL_UNITS * ((how.inputs == "host") + (how.attention == "host"))
     low = load.low if own else 2 * load.low  # PEFT's are float32
@@ -178,7 +198,7 @@ def _working(load: Workload, how: Measures, *, own: bool) -> int:
 def _host(load: Workload, how: Measures) -> dict[str, int]:
     parts = dict.fromkeys(("frozen_weights", "optimizer_state", *_KEPT[:2]), 0)
     if how.weights == "host":
-        parts["frozen_weights"] = load.layers * locked_size(load.blocks // load.layers)
+        parts["frozen_weights"] = slabs_size(_stored(load, how) // load.layers, load.layers)
     if how.optimizer == "host":
         parts["optimizer_state"] = 2 * load.locked
     if how.inputs == "host":

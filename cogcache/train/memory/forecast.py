@@ -19,7 +19,7 @@ from cogcache.train.memory.speed import Rates, microbatch_seconds, update_second
 from cogcache.train.memory.workload import Workload, workload_of
 from cogcache.variants import Variant
 
-__all__ = ["Forecast", "Job", "compiles", "host_parts", "shortfall", "unloaded_transformer"]
+__all__ = ["Forecast", "Job", "compiles", "fits_host", "host_parts", "shortfall", "unloaded_transformer"]
 
 _DEVICE_SHARE, _HOST_SHARE = 0.94, 0.85
 """What of the free memory is planned with: the allocator's gaps and other programs need the rest."""
@@ -65,6 +65,7 @@ class Forecast:
         typical_s: A step of the bucket that most clips are in, or of one in the middle.
         mean_s: A step, on the mean over all clips.
         copies: Bytes of page-locked host memory for a checkpoint's copies, where there is room: :func:`host_parts`.
+        given_up: What was given up of the tier because the host's memory is short, in words.
     """
 
     tier: str
@@ -76,6 +77,7 @@ class Forecast:
     mean_s: float | None
     copies: int = 0
     compiled: bool = False
+    given_up: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,14 +181,19 @@ def compiles(measures: Measures | None, config: TrainConfig) -> bool:
     return bool(config.compile) if measures is None else measures.compile
 
 
+def fits_host(memory: Estimate, free: Need) -> bool:
+    """Whether the host's free memory is enough."""
+    return max(memory.host, memory.loading) <= _HOST_SHARE * free.host
+
+
 def shortfall(memory: Estimate, free: Need) -> str:
     """What is missing of the free memory, in words; empty if it fits."""
-    host = max(memory.host, memory.loading)
     missing = []
     if memory.device > _DEVICE_SHARE * free.device:
         usable = _gib(_DEVICE_SHARE * free.device)
         missing.append(f"{_gib(memory.device)} GiB of GPU memory where {usable} may be used")
-    if host > _HOST_SHARE * free.host:
+    if not fits_host(memory, free):
+        host = max(memory.host, memory.loading)
         missing.append(f"{_gib(host)} GiB of host memory where {_gib(_HOST_SHARE * free.host)} may be used")
     return " and ".join(missing)
 

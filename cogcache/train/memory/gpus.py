@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cogcache.page_locked import host_memory
 from cogcache.train.memory.attention import attend, attend_backward
-from cogcache.train.memory.host import host_memory
 from cogcache.train.memory.speed import Rates
 
 __all__ = ["CARDS", "Card", "find_card", "given_rates", "measured_rates", "product_rate"]

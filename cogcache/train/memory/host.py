@@ -11,30 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogcache.streamed import CopyStreams, host_memory
+from cogcache.page_locked import host_memory, slab, slab_count
+from cogcache.streamed import CopyStreams
 
-__all__ = ["COPIES_SHARE", "CopyStreams", "HostPool", "Kept", "host_memory", "locked_size", "pool_size"]
+__all__ = ["COPIES_SHARE", "HostPool", "Kept"]
 
 COPIES_SHARE = 0.5
 """Of the free host memory, what copies of a checkpoint may take; see :class:`~cogcache.train.saver.HostCopies`."""
-_MOST, _GOOD = 16, 0.9
-
-
-def locked_size(size: int) -> int:
-    """What torch takes for ``size`` bytes of page-locked memory: the next power of two (``CachingHostAllocator.h``)."""
-    return 1 << max(size - 1, 0).bit_length()
-
-
-def slab_count(size: int) -> int:
-    """How many buffers of ``size`` bytes are taken at once, so that little is lost to powers of two."""
-    used = {count: count * size / locked_size(count * size) for count in range(1, _MOST + 1)}
-    return next((count for count in used if used[count] >= _GOOD), max(used, key=lambda count: used[count]))
-
-
-def pool_size(size: int, buffers: int) -> int:
-    """What a :class:`HostPool` takes for so many buffers of ``size`` bytes on a GPU's host."""
-    count = slab_count(size)
-    return -(-buffers // count) * locked_size(count * size)
 
 
 @dataclass
@@ -107,8 +90,7 @@ class HostPool:
     def _slab(self, size: int) -> list[Tensor]:
         count = slab_count(size) if self.streams.cuda else 1
         self.bytes += count * size
-        flat = host_memory(count * size, self.streams.device)
-        return [flat[place * size : (place + 1) * size] for place in range(count)]
+        return slab(size, count, lambda together: host_memory(together, self.streams.device))
 
     @staticmethod
     def _view(kept: Kept) -> Tensor:

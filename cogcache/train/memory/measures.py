@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-__all__ = ["TIERS", "Measures", "Place", "Tier"]
+__all__ = ["TIERS", "TINY", "Measures", "Place", "Storage", "Tier"]
 
 Tier = Literal["fast", "balanced", "small", "tiny"]
 Place = Literal["device", "host"]
+Storage = Literal["native", "int8"]
 
 
 @dataclass(frozen=True)
 class Measures:
-    """The single measures. None of them changes what is computed, only where it is kept and how often it is done.
+    """The single measures. None but ``storage`` changes what is computed, only where it is kept and how often it is
+    done.
 
     Attributes:
         recompute: Compute each block's activations again in the backward pass instead of keeping them. The rest but
@@ -21,6 +23,9 @@ class Measures:
         attention: Where attention outputs are kept, so that attention itself is not computed again; None: it is.
         inputs: Where each block's input is kept.
         weights: Where the blocks' frozen weights are kept; on the host they are streamed, one block ahead.
+        storage: How the blocks' frozen matrices are kept: as they are, or in 8 bits, from which a block's are made anew
+            each time it is at work.
+        chunks: In how many parts the tokens go through a block's feed-forward.
         optimizer: Where the optimizer's state is kept.
         compile: Compile the blocks.
     """
@@ -29,13 +34,28 @@ class Measures:
     attention: Place | None = None
     inputs: Place = "device"
     weights: Place = "device"
+    storage: Storage = "native"
+    chunks: int = 1
     optimizer: Place = "device"
     compile: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """Whether a block's weights are on the device, as it computes with them, only while it is at work."""
+        return self.weights == "host" or self.storage != "native"
 
 
 TIERS: dict[Tier, Measures] = {
     "fast": Measures(recompute=False, compile=True),
     "balanced": Measures(attention="device", inputs="host", compile=True),
     "small": Measures(attention="host", inputs="host", weights="host", compile=True),
-    "tiny": Measures(attention="host", inputs="host", weights="host", optimizer="host", compile=True),
+    "tiny": Measures(
+        attention="host", inputs="host", weights="host", chunks=4, optimizer="host", compile=True
+    ),
 }
+TINY: tuple[Measures, ...] = (
+    TIERS["tiny"],
+    replace(TIERS["tiny"], attention=None),
+    replace(TIERS["tiny"], attention=None, optimizer="device", storage="int8"),
+)
+"""What ``tiny`` does on hosts of ever less memory: attention computed again, then also the base in 8 bits."""

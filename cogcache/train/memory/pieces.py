@@ -20,20 +20,26 @@ _RECOMPILE_LIMIT = 64
 
 
 class Pieces(NamedTuple):
-    """:func:`before`, :func:`after`, :func:`middle` and :func:`skip_last`, compiled or not."""
+    """The functions of this module by name, compiled or not."""
 
     before: Callable[..., Any]
     after: Callable[..., Any]
     middle: Callable[..., Any]
     skip_last: Callable[..., Any]
+    between: Callable[..., Any]
+    widen: Callable[..., Any]
+    feed_forward: Callable[..., Any]
+    gated: Callable[..., Any]
+    join: Callable[..., Any]
 
 
 def pieces(*, compiled: bool) -> Pieces:
     """The parts of a block. Compiled once for all blocks of one shape, with and without a gradient."""
+    plain = Pieces(before, after, middle, skip_last, between, widen, feed_forward, gated, join)
     if not compiled:
-        return Pieces(before, after, middle, skip_last)
+        return plain
     allow_recompilations()
-    return Pieces(*(torch.compile(piece, dynamic=False) for piece in (before, after, middle, skip_last)))
+    return Pieces(*(torch.compile(piece, dynamic=False) for piece in plain))
 
 
 def allow_recompilations() -> None:
@@ -102,15 +108,24 @@ def _rotate(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 def after(block: Any, hidden: Tensor, text: Tensor, temb: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
     """Video and text tokens behind the block, from its input and the attention output [B, L + S, H, D]."""
     hidden, text, inner, gate, text_gate = middle(block, hidden, text, temb, attended)
-    tokens, length = linear(block.ff.net[2], inner), text.shape[1]
-    return hidden + gate * tokens[:, length:], text + text_gate * tokens[:, :length]
+    return join(hidden, text, linear(block.ff.net[2], inner), gate, text_gate)
 
 
 def middle(
     block: Any, hidden: Tensor, text: Tensor, temb: Tensor, attended: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`after` up to the last projection: video and text tokens, the feed-forward's inner activation
-    [B, L + S, 4 dim], and the gates [B, 1, dim] of its output for video and text.
+    [B, L + S, 4 dim], and the gates of its output.
+    """
+    hidden, text, tokens, gate, text_gate = between(block, hidden, text, temb, attended)
+    return hidden, text, widen(block, tokens), gate, text_gate
+
+
+def between(
+    block: Any, hidden: Tensor, text: Tensor, temb: Tensor, attended: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`after` up to the feed-forward: video and text tokens, the feed-forward's input [B, L + S, dim], and the
+    gates [B, 1, dim] of its output for video and text.
     """
     length = text.shape[1]
     chunks = block.norm1.linear(block.norm1.silu(temb)).chunk(6, dim=1)
@@ -121,9 +136,27 @@ def middle(
     text = text + text_gate * tokens[:, :length]
 
     normed, normed_text, gate, text_gate = block.norm2(hidden, text, temb)
+    return hidden, text, torch.cat([normed_text, normed], dim=1), gate, text_gate
+
+
+def widen(block: Any, tokens: Tensor) -> Tensor:
+    """The feed-forward's inner activation [..., 4 dim] from its input [..., dim]."""
     activation, dropout = block.ff.net[:2]
-    inner = dropout(activation(torch.cat([normed_text, normed], dim=1)))
-    return hidden, text, inner, gate, text_gate
+    inner: Tensor = dropout(activation(tokens))
+    return inner
+
+
+def feed_forward(block: Any, tokens: Tensor) -> Tensor:
+    """The feed-forward of tokens [..., dim], each by itself."""
+    return linear(block.ff.net[2], widen(block, tokens))
+
+
+def join(
+    hidden: Tensor, text: Tensor, tokens: Tensor, gate: Tensor, text_gate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Video and text tokens with the feed-forward's output [B, L + S, dim] added to them."""
+    length = text.shape[1]
+    return hidden + gate * tokens[:, length:], text + text_gate * tokens[:, :length]
 
 
 def can_skip_last(block: Any, temb: Tensor) -> bool:
@@ -138,7 +171,12 @@ def skip_last(block: Any, grad_hidden: Tensor, grad_text: Tensor, gate: Tensor, 
     The last projection is linear, so its output, a tenth of the block's products, need not be computed again for it.
     """
     weight: Tensor = block.ff.net[2].weight
-    return torch.cat([text_gate * grad_text, gate * grad_hidden], dim=1) @ weight
+    return gated(grad_hidden, grad_text, gate, text_gate) @ weight
+
+
+def gated(grad_hidden: Tensor, grad_text: Tensor, gate: Tensor, text_gate: Tensor) -> Tensor:
+    """Gradient of the feed-forward's output [B, L + S, dim] from those of the block's outputs."""
+    return torch.cat([text_gate * grad_text, gate * grad_hidden], dim=1)
 
 
 def linear(layer: Any, tokens: Tensor) -> Tensor:

@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from cogcache.config import TrainConfig
 from cogcache.progress import say
 from cogcache.train.data import Samples
-from cogcache.train.memory.blocks import install
-from cogcache.train.memory.choose import candidates, choose, free_memory, uses_stock_blocks
+from cogcache.train.memory.blocks import home_of, install
+from cogcache.train.memory.choose import (
+    Variants,
+    candidates,
+    choose,
+    forecasts,
+    free_memory,
+    uses_stock_blocks,
+)
 from cogcache.train.memory.estimate import Need
 from cogcache.train.memory.forecast import (
     Forecast,
@@ -27,12 +35,13 @@ from cogcache.train.memory.forecast import (
 from cogcache.train.memory.gpus import find_card, measured_rates
 from cogcache.train.memory.measures import Measures
 from cogcache.train.memory.stock import compile_blocks
+from cogcache.train.model import load_transformer
 from cogcache.variants import read_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Placement", "place_blocks", "plan_blocks"]
+__all__ = ["Placement", "load_blocks", "place_blocks", "plan_blocks"]
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,9 @@ def plan_blocks(
     device = accelerator.device
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     stock = uses_stock_blocks(config, device, deepspeed=deepspeed)
-    tiers: list[tuple[str, Measures | None]] = [("plain", None)] if stock else [*candidates(config)]
+    tiers: list[tuple[str, Variants]] = [("plain", [None])] if stock else candidates(config)
     if device.type != "cuda" or deepspeed:
-        measures = tiers[0][1]
+        measures = tiers[0][1][0]
         return Placement(measures, compiled=compiles(measures, config))
     transformer = unloaded_transformer(read_config(root, "transformer/config.json"), config, dtype)
     clips = Counter(record.bucket for record in samples.records)
@@ -80,7 +89,7 @@ def plan_blocks(
     card = find_card(torch.cuda.get_device_name(device))
     rates = card.rates if card else measured_rates(device)
     free = _free(accelerator)
-    forecast = choose([job.forecast(tier, measures, rates) for tier, measures in tiers], free, config)
+    forecast = choose(forecasts(job, tiers, rates, free), free, config)
     if accelerator.is_main_process:
         _tell(forecast, free)
     return Placement(forecast.measures, forecast, job.unit, forecast.compiled)
@@ -106,8 +115,26 @@ def _tell(forecast: Forecast, free: Need) -> None:
         f"Memory: tier {forecast.tier}, about {memory.device / 2**30:.1f} of {free.device / 2**30:.1f} GiB free"
         f"{host}{pace}."
     )
+    if forecast.given_up:
+        say(f"NOTICE: host memory is short, so {forecast.given_up} (docs/memory.md).")
     if missing := shortfall(memory, free):
         say(f"NOTICE: that may not fit: it needs {missing}.")
+
+
+def load_blocks(
+    placement: Placement, config: TrainConfig, root: Path, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """Load the frozen transformer to where :func:`place_blocks` takes it from.
+
+    Raises:
+        ModelError: if its weights are missing or damaged.
+    """
+    how = placement.measures
+    if how is not None and how.storage == "int8":
+        return load_transformer(root, dtype, device, int8_home=home_of(how, device))
+    stay = how is not None and how.weights == "host"
+    stay |= config.dora  # whose first magnitudes are norms of the weights, and shall not depend on the device
+    return load_transformer(root, dtype, None if stay else device)
 
 
 def place_blocks(

@@ -72,7 +72,8 @@ def microbatch_seconds(
     """
     how = measures or Measures(recompute=checkpointing, compile=compiled)
     passes = (_COMPILED if measures else _PLAIN_COMPILED) if how.compile else _EAGER
-    weights = load.blocks if how.weights == "host" else 0
+    stored = load.int8 if how.storage == "int8" else load.blocks
+    weights = stored if how.weights == "host" else 0
     kept = load.layers * load.unit * ((how.inputs == "host") + (how.attention == "host"))
     again = passes.forward if how.recompute else 0.0
     forward = _computing(load, flops.forward, passes.forward, rates)

@@ -48,7 +48,8 @@ def tier_table(forecasts: Sequence[Forecast], free: Need | None = None, *, times
         rows.append(["seconds a step", *(_seconds(forecast.mean_s) for forecast in forecasts)])
     if free is not None:
         rows.append(["fits", *("no" if shortfall(one.memory, free) else "yes" for one in forecasts)])
-    return aligned(rows)
+    notes = [f"{one.tier}: host memory is short, so {one.given_up}." for one in forecasts if one.given_up]
+    return "\n".join([aligned(rows), *notes])
 
 
 def _parts(names: Mapping[str, str], tiers: Sequence[Mapping[str, int]]) -> list[list[str]]:

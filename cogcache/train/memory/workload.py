@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cogcache.geometry import Bucket
-from cogcache.train.memory.host import locked_size
+from cogcache.int8 import int8_size
+from cogcache.page_locked import locked_size
 from cogcache.variants import Variant
 
 __all__ = ["Workload", "workload_of"]
@@ -22,6 +23,7 @@ class Workload:
 
     Attributes:
         blocks: Frozen weights of all blocks.
+        int8: The same with their matrices in 8 bits.
         others: Frozen weights and buffers outside of the blocks.
         trained: Trained parameters in float32.
         unit: One block's tokens [B, L + S, dim] in the dtype that is computed in.
@@ -36,6 +38,7 @@ class Workload:
 
     layers: int
     blocks: int
+    int8: int
     others: int
     trained: int
     unit: int
@@ -73,6 +76,7 @@ def workload_of(
     return Workload(
         layers=len(blocks),
         blocks=_bytes(frozen),
+        int8=sum(sum(int8_size(p)) if p.ndim == 2 else _bytes([p]) for p in frozen),
         others=_bytes([*transformer.parameters(), *transformer.buffers()]) - _bytes(frozen) - _bytes(trained),
         trained=sum(4 * p.numel() for p in trained),
         unit=rows * dim * compute.itemsize,

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from cogcache.streamed import lock_pages_in_threads
+from cogcache.page_locked import lock_pages_in_threads
 
 NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
