@@ -228,6 +228,8 @@ def test_training_rows_end_in_a_table_beside_the_reference(
 def test_comparisons_are_measured_only_where_asked_for() -> None:
     assert set(RECIPES) - set(DEFAULT_RECIPES) == {
         "plain-compiled",
+        "tiny-attention-again",
+        "tiny-int8",
         "group-offload",
         "group-offload-block",
         "plain-group-offload",
