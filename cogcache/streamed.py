@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogcache.allocator import host_memory, slab, slab_counts
 from cogcache.int8 import Int8, int8_size, no_values, values_of
-from cogcache.page_locked import host_memory, slab, slab_counts
 
 __all__ = ["CopyStreams", "StreamedWeights", "move_without"]
 

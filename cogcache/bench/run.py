@@ -105,13 +105,13 @@ def bench_train(
     """
     import torch
 
+    from cogcache.allocator import set_up_allocators
     from cogcache.bench.card import cap_gpu_memory
     from cogcache.bench.recipes import DEFAULT_RECIPES, RECIPES
     from cogcache.bench.train import FailedRow, RowSettings, StepRow, rows
     from cogcache.bench.train_table import reference_seconds, row_values, train_table
-    from cogcache.page_locked import lock_pages_in_threads
 
-    lock_pages_in_threads()
+    set_up_allocators()
     names = [name.strip() for name in recipes.split(",")] if recipes else DEFAULT_RECIPES
     unknown = [name for name in names if name not in RECIPES]
     if unknown:

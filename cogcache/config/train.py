@@ -138,12 +138,11 @@ class TrainConfig(CommandConfig):
         "moves gradients by about a hundredth. Default: native; int8 in tiny on a host with too little memory.",
         panel=_MEMORY,
     )
-    feed_forward_chunks: int | None = setting(
+    in_parts: bool | None = setting(
         None,
-        "In how many parts tokens go through a block's feed-forward: the more, the less memory a block needs at work. "
-        "Default: the tier's, which is 4 in tiny, else 1.",
+        "Do a block's work in parts: half of the tokens at a time in its feed-forward; query, key and value one after "
+        "the other. A quarter less memory at work, 3% more time. Default: the tier's, which is yes in tiny.",
         panel=_MEMORY,
-        ge=1,
     )
     optimizer_state: Literal["device", "host"] | None = setting(
         None, "Where the optimizer's state is. Default: the tier's.", panel=_MEMORY

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cogcache.allocator import set_up_allocators
 from cogcache.config import TrainConfig
 from cogcache.errors import ConfigError
 from cogcache.models import pick_device
-from cogcache.page_locked import lock_pages_in_threads
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,7 +41,7 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
             f"train takes --device auto, cpu or cuda, not {config.device}.",
             f"Choose the GPU by CUDA_VISIBLE_DEVICES={config.device.partition(':')[2]}.",
         )
-    lock_pages_in_threads()
+    set_up_allocators()
     on_cpu, deepspeed = device.type == "cpu", _launched_with_deepspeed()
     if deepspeed and on_cpu:
         _deepspeed_on_cpu()

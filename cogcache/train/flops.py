@@ -142,10 +142,12 @@ class _Count:
         attention, widen, narrow = block.attn1, block.ff.net[0], block.ff.net[2]
         rows = self.batch * self.tokens
         self.conditioned(block.norm1.linear)
+        before_heads = self.forward
         heads = [
             self._layer(layer, rows, self.hidden_grad)
             for layer in (attention.to_q, attention.to_k, attention.to_v)
         ]
+        of_heads = _difference(self.forward, before_heads)
         self._attention(variant, any(heads))
         self.hidden_grad |= self._layer(attention.to_out[0], rows, any(heads))
         self.conditioned(block.norm2.linear)
@@ -155,6 +157,8 @@ class _Count:
         if measures is None:
             return _difference(self.forward, before)
         whole = _difference(self.forward if self._needs_last(block) else until_last, before)
+        if measures.in_parts:
+            whole += of_heads  # made twice
         return Flops(whole.linear) if measures.attention else whole
 
     def _needs_last(self, block: Any) -> bool:

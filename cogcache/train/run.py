@@ -40,7 +40,7 @@ FREE_FIELDS = frozenset(
         "shards", "remote_cache", "remote_cache_size", "remote_patience",
         "output", "model", "resume", "steps", "batch_size", "grad_accum", "checkpoint_every",
         "keep_checkpoints", "log_every", "report_to", "workers", "device", "gradient_checkpointing",
-        "memory", "keep_attention", "keep_inputs", "base_weights", "feed_forward_chunks", "optimizer_state",
+        "memory", "keep_attention", "keep_inputs", "base_weights", "in_parts", "optimizer_state",
         "compile",
         "holdout", "validate_every", "validate_at_start",
         "sample_videos", "sample_steps", "sample_guidance", "sample_seed",

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from cogcache.allocator import locked_size
 from cogcache.errors import CogcacheError
-from cogcache.page_locked import locked_size
 from cogcache.progress import say
 from cogcache.train.checkpoints import TrainerState, prune_checkpoints, save_checkpoint
 from cogcache.train.memory.host import COPIES_SHARE

@@ -52,7 +52,7 @@ class _Step:
 
 
 def without_optimizer(measures: Measures) -> Measures:
-    """As there is none here, ``tiny`` is ``small``. Nothing is compiled."""
+    """As there is none here. Nothing is compiled."""
     return replace(measures, compile=False, optimizer="device")
 
 
@@ -145,8 +145,10 @@ def test_bfloat16_costs_no_more_than_in_plain_blocks(
         assert ratios["predictions"] < PREDICTIONS, tier
         assert ratios[worst] < KIND, (tier, worst)
         assert loss_error(step, exact) < LOSS, tier
-    # Where both parts of a block use a trained layer, "fast" adds its gradients in another order.
-    alike = [step for how, step in steps.items() if how.recompute or targets == ATTENTION]
+    # Where both parts of a block use a trained layer, "fast" adds its gradients in another order; "tiny" always does.
+    alike = [
+        step for how, step in steps.items() if (how.recompute or targets == ATTENTION) and not how.in_parts
+    ]
     assert len(alike) == (3 if targets == ATTENTION else 2)
     assert all(same(step, alike[0]) for step in alike[1:])
 

@@ -18,10 +18,14 @@ from torch import Tensor, nn
 from cogcache.int8 import put_in_int8
 from cogcache.streamed import CopyStreams, StreamedWeights, move_without
 from cogcache.train.memory.attention import Attended, attend, attend_backward, attention
-from cogcache.train.memory.chunks import after_in_chunks, backward_in_chunks
 from cogcache.train.memory.gradients import GradientSum, leaves
 from cogcache.train.memory.host import HostPool, Kept
 from cogcache.train.memory.measures import Measures
+from cogcache.train.memory.parts import (
+    after_in_parts,
+    backward_after_in_parts,
+    backward_before_in_parts,
+)
 from cogcache.train.memory.pieces import Pieces, Rotary, can_skip_last, pieces, rotation
 
 __all__ = ["BlockRunner", "home_of", "install"]
@@ -103,8 +107,8 @@ class BlockRunner:
         return pair
 
     def _after(self, how: Pieces, block: nn.Module, *sources: Tensor) -> Pair:
-        if self.measures.chunks > 1:
-            return after_in_chunks(how, self.measures.chunks, block, *sources)
+        if self.measures.in_parts:
+            return after_in_parts(how, block, *sources)
         pair: Pair = how.after(block, *sources)
         return pair
 
@@ -132,7 +136,7 @@ class BlockRunner:
         Args:
             needs: Whether each of these needs a gradient.
         """
-        block, how, found = self.blocks[record.index], self._trained, GradientSum(needs)
+        block, found = self.blocks[record.index], GradientSum(needs)
         if self._weights:
             self._weights.enter(record.index, record.index - 1)
         self._fetch(record)
@@ -142,32 +146,51 @@ class BlockRunner:
             attended.out = self._back(record.out)
         if record.before is not None:
             self._fetch(record.before)
-        heads: Pair | None = None
-        if attended is None:
-            with torch.enable_grad():
-                inputs = leaves(sources, needs)
-                heads = how.before(block, *inputs, record.rotary)
-            attended = attend(*(head.detach() for head in heads))
-        grad_out = self._backward_after(block, sources, attended.out, grads, found)
-        if heads is None:
-            with torch.enable_grad():
-                inputs = leaves(sources, needs)
-                heads = how.before(block, *inputs, record.rotary)
-        head_grads = attend_backward(attended, grad_out, *(head.detach() for head in heads))
+        self._backward_through(block, sources, record.rotary, attended, grads, found)
         record.attended = record.out = None
-        del attended, grad_out
-        found.add([*inputs, *_trained(block)], heads, head_grads)
         if self._weights:
             self._weights.leave(record.index)
         return found.grads
+
+    def _backward_through(
+        self,
+        block: nn.Module,
+        sources: Sequence[Tensor],
+        rotary: Rotary,
+        attended: Attended | None,
+        grads: Pair,
+        found: GradientSum,
+    ) -> None:
+        """Through the whole block; ``attended`` where it was kept."""
+        how, in_parts = self._trained, self.measures.in_parts
+
+        def heads_of() -> tuple[list[Tensor], tuple[Tensor, ...]]:
+            with torch.set_grad_enabled(not in_parts):
+                inputs = leaves(sources, found.needs)
+                return inputs, how.before(block, *inputs, rotary)
+
+        made = None
+        if attended is None:
+            made = heads_of()
+            attended = attend(*(head.detach() for head in made[1]))
+        grad_out = self._backward_after(block, sources, attended.out, grads, found)
+        inputs, heads = made or heads_of()
+        head_grads = [*attend_backward(attended, grad_out, *(head.detach() for head in heads))]
+        attended.out = grad_out.new_empty(0)
+        del grad_out
+        if in_parts:
+            del made, heads
+            backward_before_in_parts(how, block, sources, _trained(block), rotary, head_grads, found)
+        else:
+            found.add([*inputs, *_trained(block)], heads, head_grads)
 
     def _backward_after(
         self, block: nn.Module, sources: Sequence[Tensor], out: Tensor, grads: Pair, found: GradientSum
     ) -> Tensor:
         """Through what comes after attention; returns the gradient of the attention output."""
-        how, chunks = self._trained, self.measures.chunks
-        if chunks > 1:
-            return backward_in_chunks(how, chunks, block, sources, _trained(block), out, grads, found)
+        how = self._trained
+        if self.measures.in_parts:
+            return backward_after_in_parts(how, block, sources, _trained(block), out, grads, found)
         given: Sequence[Tensor] = grads
         with torch.enable_grad():
             inputs = leaves(sources, found.needs)

@@ -47,7 +47,7 @@ _TIERS_ALONE = (
     "keep_inputs",
     "base_weights",
     "base_storage",
-    "feed_forward_chunks",
+    "in_parts",
     "optimizer_state",
 )
 
@@ -168,7 +168,7 @@ def _with_flags(measures: Measures, config: TrainConfig) -> Measures:
         ("inputs", "keep_inputs"),
         ("weights", "base_weights"),
         ("storage", "base_storage"),
-        ("chunks", "feed_forward_chunks"),
+        ("in_parts", "in_parts"),
         ("optimizer", "optimizer_state"),
     ):
         if getattr(config, flag) is not None:

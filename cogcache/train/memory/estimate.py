@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cogcache.page_locked import locked_size, pool_size, slab_counts, slabs_size
+from cogcache.allocator import locked_size, pool_size, slab_counts, slabs_size
 from cogcache.train.memory.measures import Measures
 from cogcache.train.memory.workload import Workload
 from cogcache.train.weights import STAGED
@@ -39,8 +39,8 @@ class _Work:
 
 _COMPILED, _EAGER = _Work(17.6, 1.8, 4.5), _Work(21.6, 1.8, 4.5)
 """Blocks cut at their attention, whose output was kept."""
-_WIDE_UNITS = 9.0
-"""Of that base, what is as wide as the feed-forward's inner activation: with chunks, one chunk's part of it."""
+_SPARED_UNITS = 4.1
+"""What is less of that where a block's work is done in parts."""
 _HEADS_UNITS = 5.0
 """Query, key and value and what made them, alive all the while where attention itself is computed again."""
 _TRAVEL_UNITS = 2.0
@@ -188,7 +188,7 @@ def _working(load: Workload, how: Measures, *, own: bool) -> int:
         work = _COMPILED if how.compile else _EAGER
     units = work.base
     if own and how.recompute:
-        units -= _WIDE_UNITS * (1 - 1 / how.chunks)
+        units -= _SPARED_UNITS * how.in_parts
         units += _HEADS_UNITS * (how.attention is None)
         units += _TRAVEL_UNITS * ((how.inputs == "host") + (how.attention == "host"))
     low = load.low if own else 2 * load.low  # PEFT's are float32

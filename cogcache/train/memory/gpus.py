@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cogcache.page_locked import host_memory
+from cogcache.allocator import host_memory
 from cogcache.train.memory.attention import attend, attend_backward
 from cogcache.train.memory.speed import Rates
 

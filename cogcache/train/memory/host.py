@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogcache.page_locked import host_memory, slab, slab_count
+from cogcache.allocator import host_memory, slab, slab_count
 from cogcache.streamed import CopyStreams
 
 __all__ = ["COPIES_SHARE", "HostPool", "Kept"]

@@ -25,7 +25,7 @@ class Measures:
         weights: Where the blocks' frozen weights are kept; on the host they are streamed, one block ahead.
         storage: How the blocks' frozen matrices are kept: as they are, or in 8 bits, from which a block's are made anew
             each time it is at work.
-        chunks: In how many parts the tokens go through a block's feed-forward.
+        in_parts: Do a block's work in parts, see :mod:`~cogcache.train.memory.parts`.
         optimizer: Where the optimizer's state is kept.
         compile: Compile the blocks.
     """
@@ -35,7 +35,7 @@ class Measures:
     inputs: Place = "device"
     weights: Place = "device"
     storage: Storage = "native"
-    chunks: int = 1
+    in_parts: bool = False
     optimizer: Place = "device"
     compile: bool = False
 
@@ -50,7 +50,7 @@ TIERS: dict[Tier, Measures] = {
     "balanced": Measures(attention="device", inputs="host", compile=True),
     "small": Measures(attention="host", inputs="host", weights="host", compile=True),
     "tiny": Measures(
-        attention="host", inputs="host", weights="host", chunks=4, optimizer="host", compile=True
+        attention="host", inputs="host", weights="host", in_parts=True, optimizer="host", compile=True
     ),
 }
 TINY: tuple[Measures, ...] = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from cogcache.page_locked import host_memory
+from cogcache.allocator import host_memory
 
 __all__ = ["HostAdamW"]
 

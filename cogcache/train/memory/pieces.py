@@ -31,11 +31,19 @@ class Pieces(NamedTuple):
     feed_forward: Callable[..., Any]
     gated: Callable[..., Any]
     join: Callable[..., Any]
+    normed: Callable[..., Any]
+    query: Callable[..., Any]
+    key: Callable[..., Any]
+    value: Callable[..., Any]
 
 
 def pieces(*, compiled: bool) -> Pieces:
     """The parts of a block. Compiled once for all blocks of one shape, with and without a gradient."""
-    plain = Pieces(before, after, middle, skip_last, between, widen, feed_forward, gated, join)
+    plain = Pieces(
+        *(before, after, middle, skip_last),
+        *(between, widen, feed_forward, gated, join),
+        *(normed, query, key, value),
+    )
     if not compiled:
         return plain
     allow_recompilations()
@@ -60,17 +68,36 @@ def before(
         temb: Embedding of timestep (and ofs) [B, time_embed_dim].
         rotary: What :func:`rotation` made of the cosine and sine tables, or None.
     """
-    attention = block.attn1
-    normed, normed_text, _, _ = block.norm1(hidden, text, temb)
-    tokens = torch.cat([normed_text, normed], dim=1)
-    query = _heads(linear(attention.to_q, tokens), attention.heads)
-    key = _heads(linear(attention.to_k, tokens), attention.heads)
-    value = _heads(linear(attention.to_v, tokens), attention.heads)
-    if attention.norm_q is not None:
-        query, key = attention.norm_q(query), attention.norm_k(key)
-    if rotary is not None:
-        query, key = _rotate(query, rotary), _rotate(key, rotary)
-    return query, key, value
+    tokens = normed(block, hidden, text, temb)
+    return query(block, tokens, rotary), key(block, tokens, rotary), value(block, tokens, rotary)
+
+
+def normed(block: Any, hidden: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+    """What query, key and value are made of: all tokens [B, L + S, dim], normalized."""
+    video, captions, _, _ = block.norm1(hidden, text, temb)
+    return torch.cat([captions, video], dim=1)
+
+
+def query(block: Any, tokens: Tensor, rotary: Rotary) -> Tensor:
+    """The query [B, L + S, H, D] of what :func:`normed` gave."""
+    return _placed(block.attn1, block.attn1.to_q, block.attn1.norm_q, tokens, rotary)
+
+
+def key(block: Any, tokens: Tensor, rotary: Rotary) -> Tensor:
+    """Its key."""
+    return _placed(block.attn1, block.attn1.to_k, block.attn1.norm_k, tokens, rotary)
+
+
+def value(block: Any, tokens: Tensor, _: Rotary) -> Tensor:
+    """Its value."""
+    return _heads(linear(block.attn1.to_v, tokens), block.attn1.heads)
+
+
+def _placed(attention: Any, projection: Any, norm: Any, tokens: Tensor, rotary: Rotary) -> Tensor:
+    heads = _heads(linear(projection, tokens), attention.heads)
+    if norm is not None:
+        heads = norm(heads)
+    return heads if rotary is None else _rotate(heads, rotary)
 
 
 def _heads(tokens: Tensor, heads: int) -> Tensor:
@@ -135,8 +162,8 @@ def between(
     hidden = hidden + gate * tokens[:, length:]
     text = text + text_gate * tokens[:, :length]
 
-    normed, normed_text, gate, text_gate = block.norm2(hidden, text, temb)
-    return hidden, text, torch.cat([normed_text, normed], dim=1), gate, text_gate
+    video, captions, gate, text_gate = block.norm2(hidden, text, temb)
+    return hidden, text, torch.cat([captions, video], dim=1), gate, text_gate
 
 
 def widen(block: Any, tokens: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogcache.allocator import locked_size
 from cogcache.geometry import Bucket
 from cogcache.int8 import int8_size
-from cogcache.page_locked import locked_size
 from cogcache.variants import Variant
 
 __all__ = ["Workload", "workload_of"]

@@ -1,6 +1,7 @@
-"""Page-locked host memory, which a GPU copies from and to on its own, and what torch takes for it.
+"""How torch takes memory: on a GPU, and page-locked on its host, which the GPU copies from and to on its own.
 
-torch rounds each piece up to a power of two. So buffers of one size are taken several at a time, in slabs.
+Page-locked memory is rounded up to a power of two, piece by piece. So buffers of one size are taken several at a time,
+in slabs.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from torch import Tensor
 
 __all__ = [
     "host_memory",
-    "lock_pages_in_threads",
     "locked_size",
     "pool_size",
+    "set_up_allocators",
     "slab",
     "slab_count",
     "slab_counts",
@@ -23,18 +24,21 @@ __all__ = [
 ]
 
 _ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
-_IN_THREADS = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
+_SETTINGS = "expandable_segments:True,pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 _MOST, _GOOD = 16, 0.9
 _LARGEST = 2 << 30
 
 
-def lock_pages_in_threads() -> None:
-    """Let torch fill page-locked memory in eight threads: 4 GiB in 0.5 s instead of 1.5 s on an H200's host.
+def set_up_allocators() -> None:
+    """Let torch waste no GPU memory between its pieces, and fill page-locked memory in eight threads.
+
+    Without expandable segments a 5B in ``small``, which needs 4.7 GiB, does not fit into 6: torch holds 2.7 GiB in
+    pieces too small for what is asked for. The threads take 0.5 s instead of 1.5 for 4 GiB on an H200's host.
 
     To be called before anything is put on a GPU. A user's own settings of torch's allocator stay as they are.
     """
     if not any(name in os.environ for name in _ALLOCATOR):
-        os.environ[_ALLOCATOR[0]] = _IN_THREADS
+        os.environ[_ALLOCATOR[0]] = _SETTINGS
 
 
 def host_memory(size: int, device: torch.device) -> Tensor:

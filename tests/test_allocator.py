@@ -1,4 +1,4 @@
-"""Page-locked memory is filled in several threads, unless the user has set torch's allocator."""
+"""torch's allocators are set up for trainings that nearly fill a GPU, unless the user has set them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from cogcache.page_locked import lock_pages_in_threads
+from cogcache.allocator import set_up_allocators
 
 NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -18,16 +18,18 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_threads_are_asked_for() -> None:
-    lock_pages_in_threads()
-    assert "pinned_use_cuda_host_register:True" in os.environ[NAMES[0]]
+def test_what_is_asked_for() -> None:
+    set_up_allocators()
+    assert {"expandable_segments:True", "pinned_use_cuda_host_register:True"} < {
+        *os.environ[NAMES[0]].split(",")
+    }
     assert NAMES[1] not in os.environ
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_users_settings_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, "expandable_segments:True")
-    lock_pages_in_threads()
+    monkeypatch.setenv(name, "max_split_size_mb:128")
+    set_up_allocators()
     assert {key: os.environ.get(key) for key in NAMES} == dict.fromkeys(NAMES) | {
-        name: "expandable_segments:True"
+        name: "max_split_size_mb:128"
     }
