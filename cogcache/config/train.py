@@ -141,7 +141,7 @@ class TrainConfig(CommandConfig):
     in_parts: bool | None = setting(
         None,
         "Do a block's work in parts: half of the tokens at a time in its feed-forward; query, key and value one after "
-        "the other. A quarter less memory at work, 3% more time. Default: the tier's, which is yes in tiny.",
+        "the other. A quarter less memory at work, 2 to 8% more time. Default: the tier's, which is yes in tiny.",
         panel=_MEMORY,
     )
     optimizer_state: Literal["device", "host"] | None = setting(

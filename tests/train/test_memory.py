@@ -88,8 +88,8 @@ def test_twenty_steps_are_the_same(
     gradient of every step, and the LoRA.
 
     All of it bit for bit, also where weights come from the host; but for a block's work in parts. Products may round
-    differently where weights begin at another address, but those that are loaded and those that are streamed all begin at
-    multiples of 64 bytes.
+    differently where weights begin at another address, but those that are loaded and those that are streamed all begin
+    at multiples of 64 bytes.
     """
     batch, clips = 2, [(9, Size(32, 48))] * 3 + [(17, Size(32, 48))] * 2
     if family == "5b-i2v":  # whose learned positions are of one size, which costs more

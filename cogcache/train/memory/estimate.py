@@ -39,9 +39,9 @@ class _Work:
 
 _COMPILED, _EAGER = _Work(17.6, 1.8, 4.5), _Work(21.6, 1.8, 4.5)
 """Blocks cut at their attention, whose output was kept."""
-_SPARED_UNITS = 4.1
-"""What is less of that where a block's work is done in parts."""
-_HEADS_UNITS = 5.0
+_SPARED_UNITS = 4.5
+"""What is less of that where a block's work is done in parts (``benchmarks/records/2026-11-30-one-gpu.md``)."""
+_HEADS_UNITS, _HEADS_IN_PARTS_UNITS = 5.0, 3.6
 """Query, key and value and what made them, alive all the while where attention itself is computed again."""
 _TRAVEL_UNITS = 2.0
 """Of each kind that is kept on the host: one tensor in use and one that arrives."""
@@ -189,7 +189,8 @@ def _working(load: Workload, how: Measures, *, own: bool) -> int:
     units = work.base
     if own and how.recompute:
         units -= _SPARED_UNITS * how.in_parts
-        units += _HEADS_UNITS * (how.attention is None)
+        heads = _HEADS_IN_PARTS_UNITS if how.in_parts else _HEADS_UNITS
+        units += heads * (how.attention is None)
         units += _TRAVEL_UNITS * ((how.inputs == "host") + (how.attention == "host"))
     low = load.low if own else 2 * load.low  # PEFT's are float32
     return int(units * load.unit + work.wide * load.wide + work.dora * load.dora) + low + load.cast

@@ -51,6 +51,8 @@ _PLAIN_COMPILED = _Passes(102, 88)
 blocks' 968 passes, dealt as those are. Taken for full training and without checkpointing, too, where it was not
 measured.
 """
+_AGAIN_PASSES = 25
+"""What more is made twice where a block's work is done in parts (``benchmarks/records/2026-11-30-one-gpu.md``)."""
 _UPDATE_PASSES = 12
 """Clipping and AdamW, over the trained parameters."""
 
@@ -75,7 +77,7 @@ def microbatch_seconds(
     stored = load.int8 if how.storage == "int8" else load.blocks
     weights = stored if how.weights == "host" else 0
     kept = load.layers * load.unit * ((how.inputs == "host") + (how.attention == "host"))
-    again = passes.forward if how.recompute else 0.0
+    again = passes.forward * how.recompute + _AGAIN_PASSES * how.in_parts
     forward = _computing(load, flops.forward, passes.forward, rates)
     backward = _computing(load, flops.backward + flops.recomputed, passes.backward + again, rates)
     return max(forward, weights / rates.link, kept / rates.link) + max(
