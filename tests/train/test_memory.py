@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_kit import ATTENTION, CASE_NAMES, CASES, CPU, FAMILIES, gradients, losses, with_lora
+from memory_kit import ATTENTION, CASE_NAMES, CASES, CPU, EVERYWHERE, FAMILIES, gradients, losses, with_lora
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -73,6 +73,26 @@ def test_gradients_are_those_of_the_stock_blocks(
                 assert torch.equal(grad, expected[parameter]), (name, parameter)
             else:  # gradients that parts of a block share are added in another order
                 torch.testing.assert_close(grad, expected[parameter], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [ATTENTION, EVERYWHERE], ids=["attention", "everywhere"])
+def test_in_parts_half_of_the_tokens_are_at_work_at_once(targets: list[str], tiny_models: Models) -> None:
+    """In the feed-forward, with a gradient and without."""
+    root, rows = tiny_models("5b"), dict[bool, list[int]]()
+    for in_parts in (False, True):
+        transformer = with_lora(root, targets)
+        install(transformer, Measures(in_parts=in_parts), CPU)
+        found = rows[in_parts] = list[int]()
+        for block in transformer.transformer_blocks:
+            block.ff.net[0].register_forward_hook(
+                lambda _module, given, _out, found=found: found.append(given[0].shape[:-1].numel())
+            )
+        gradients(transformer, root, 1)
+        with torch.no_grad():
+            list(losses(transformer, root, 1))
+    assert len(set(rows[False])) == 1
+    assert max(rows[True]) == -(-rows[False][0] // 2)
+    assert sum(rows[True]) == sum(rows[False])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
