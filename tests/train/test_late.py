@@ -79,7 +79,7 @@ def test_a_number_that_is_none_stops_all_updates_from_its_step_on(
     monkeypatch.setattr(Trainer, name, replacement)
     config = settings(steps=6, memory=memory, checkpoint_every=2)
     if memory == "tiny":
-        config = config.model_copy(update={"compile": False})
+        config = config.model_copy(update={"compile": False, "gradient_checkpointing": None})
     with pytest.raises(NonFiniteError, match=f"the {what} of step 3 is not a number") as caught:
         train(config)
     assert ("clip-" in caught.value.message) == (what == "loss")
@@ -249,7 +249,7 @@ def test_within_a_step_nothing_is_read_and_no_constant_is_made(
         monkeypatch.setattr(Trainer, "_launch", launched)
 
     patch()
-    extra = {} if memory == "plain" else {"compile": False}
+    extra = {} if memory == "plain" else {"compile": False, "gradient_checkpointing": None}
     clips = [(17, Size(64, 96))] * 3 if family == "5b-i2v" else None
     train(settings(shards=make_cache(family, clips), steps=3, memory=memory, **extra))
     assert found[2] == found[3] == []
