@@ -211,6 +211,18 @@ def timed_training(bench: Bench, optimizer: Any, warm_up: int = WARM_UP) -> Time
     return timed_steps(bench, compute, update, warm_up)
 
 
+def updating_row(row: str, timed: Timed, **more: Any) -> Row:
+    """A row that also tells how long its updates took."""
+    return Row(
+        row,
+        step_s=timed.mean,
+        peak_gib=timed.peak,
+        first_s=timed.first,
+        update_ms=1000 * timed.update,
+        **more,
+    )
+
+
 def relative(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
     """Norm of the differences over the norm of what is exact, of all tensors together."""
     wrong = whole = 0.0
@@ -363,12 +375,9 @@ def measure_optimizers(job: Job) -> Iterator[Row]:
         paged = managed_bytes(optimizer)
         optimizer.zero_grad()
         del optimizer
-        yield Row(
+        yield updating_row(
             row,
-            step_s=timed.mean,
-            peak_gib=timed.peak,
-            first_s=timed.first,
-            update_ms=1000 * timed.update,
+            timed,
             change_error=relative(changes(bench, make), changes(bench, reference_adamw(bench))),
             note=_optimizer_note(row, paged),
         )
@@ -469,14 +478,7 @@ def measure_zero(job: Job) -> Iterator[Row]:
         return loss
 
     timed = timed_steps(bench, compute, lambda: engine.step())
-    yield Row(
-        row,
-        step_s=timed.mean,
-        peak_gib=timed.peak,
-        first_s=timed.first,
-        update_ms=1000 * timed.update,
-        note=f"updates by {name}",
-    )
+    yield updating_row(row, timed, note=f"updates by {name}")
     torch.distributed.destroy_process_group()
 
 

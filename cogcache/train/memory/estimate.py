@@ -120,12 +120,12 @@ def estimate(
 
 def _loading(load: Workload, how: Measures) -> int:
     """On the host while weights are read: all of them where blocks stay there, and for DoRA, whose first magnitudes are
-    made of them. In 8 bits they are put into page-locked memory slab by slab."""
+    made of them. They are put into page-locked memory slab by slab."""
     if how.storage == "int8":
         kept = load.int8 if how.weights == "host" else 0
         return kept + STAGED + _first_slab(load, how) * (how.weights == "host")
     if how.weights == "host" or load.dora:
-        return load.blocks + load.others + load.trained + load.blocks // load.layers
+        return load.blocks + load.others + load.trained + _first_slab(load, how)
     return STAGED
 
 
