@@ -6,7 +6,6 @@ in slabs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,29 +15,14 @@ __all__ = [
     "host_memory",
     "locked_size",
     "pool_size",
-    "set_up_allocators",
     "slab",
     "slab_count",
     "slab_counts",
     "slabs_size",
 ]
 
-_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
-_SETTINGS = "expandable_segments:True,pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 _MOST, _GOOD = 16, 0.9
 _LARGEST = 2 << 30
-
-
-def set_up_allocators() -> None:
-    """Let torch waste no GPU memory between its pieces, and fill page-locked memory in eight threads.
-
-    Without expandable segments a 5B in ``small``, which needs 4.7 GiB, does not fit into 6: torch holds 2.7 GiB in
-    pieces too small for what is asked for. The threads take 0.5 s instead of 1.5 for 4 GiB on an H200's host.
-
-    To be called before anything is put on a GPU. A user's own settings of torch's allocator stay as they are.
-    """
-    if not any(name in os.environ for name in _ALLOCATOR):
-        os.environ[_ALLOCATOR[0]] = _SETTINGS
 
 
 def host_memory(size: int, device: torch.device) -> Tensor:

@@ -48,6 +48,9 @@ def _config_commands() -> dict[str, tuple[type[BaseModel], Callable[[Any], None]
 
         import psutil
 
+        from cogcache.allocator_settings import set_up_allocators
+
+        set_up_allocators()  # torch comes with the next import
         from cogcache.train import train
 
         train(config, begun=time.time() - psutil.Process().create_time())

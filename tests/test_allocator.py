@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from cogcache.allocator import set_up_allocators
+from cogcache.allocator_settings import set_up_allocators
 
 NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -33,3 +35,21 @@ def test_a_users_settings_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert {key: os.environ.get(key) for key in NAMES} == dict.fromkeys(NAMES) | {
         name: "max_split_size_mb:128"
     }
+
+
+def test_a_training_asks_before_torch_is_there() -> None:
+    program = """
+import os, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("seen", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+            sys.meta_path.remove(self)
+
+sys.meta_path.insert(0, Watch())
+from cogcache.cli import run
+run(["train", "--shards", "nowhere"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "seen expandable_segments:True" in done.stdout, done.stderr

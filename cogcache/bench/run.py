@@ -105,7 +105,7 @@ def bench_train(
     """
     import torch
 
-    from cogcache.allocator import set_up_allocators
+    from cogcache.allocator_settings import set_up_allocators
     from cogcache.bench.card import cap_gpu_memory
     from cogcache.bench.recipes import DEFAULT_RECIPES, RECIPES
     from cogcache.bench.train import FailedRow, RowSettings, StepRow, rows

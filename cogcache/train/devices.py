@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cogcache.allocator import set_up_allocators
+from cogcache.allocator_settings import set_up_allocators
 from cogcache.config import TrainConfig
 from cogcache.errors import ConfigError
 from cogcache.models import pick_device
